@@ -1,0 +1,59 @@
+# Everything installs into .venv; every target does its own set-up.
+VENV := .venv
+PYTHON ?= $(shell command -v python3.13 || command -v python3.12 || command -v python3.11 || command -v python3)
+BIN := $(VENV)/bin
+HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo yes)
+THREADS := $(shell nproc 2>/dev/null || echo 2)
+
+.PHONY: demo test check lint types imports bench docs clean
+
+demo: $(VENV)/.runtime ## generate the demo videos with each arm and write out/demo/report/index.html
+	$(BIN)/adamac bakeoff --out out/demo --resume
+
+test: $(VENV)/.test ## run the tests
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(THREADS)
+
+check: lint types imports test ## all that must pass before a commit lands
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.test
+	$(BIN)/ty check
+
+imports: $(VENV)/.test
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.test ## time attention on this machine and write rows
+	$(BIN)/python benchmarks/attend_cpu.py
+
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --strict
+
+clean:
+	rm -rf $(VENV) out site
+
+# torch comes first: a bare `torch` would bring gigabytes of CUDA to a machine without a GPU.
+$(VENV)/.torch:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "adamac needs Python 3.11 or newer; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+ifeq ($(HAS_GPU),yes)
+	$(BIN)/pip install -q 'torch>=2.11'
+else
+	$(BIN)/pip install -q 'torch==2.13.0+cpu' 2>/dev/null || \
+		$(BIN)/pip install -q 'torch==2.13.0+cpu' --index-url https://download.pytorch.org/whl/cpu
+endif
+	touch $@
+
+$(VENV)/.runtime: $(VENV)/.torch pyproject.toml
+	$(BIN)/pip install -q -e '.[bakeoff]'
+	touch $@
+
+$(VENV)/.test: $(VENV)/.torch pyproject.toml
+	$(BIN)/pip install -q -e '.[test]'
+	touch $@ $(VENV)/.runtime
+
+$(VENV)/.docs: $(VENV)/.torch pyproject.toml
+	$(BIN)/pip install -q -e '.[docs]'
+	touch $@

@@ -1,0 +1,30 @@
+"""adamac: sparse attention for video diffusion transformers, and Mixture-of-Experts that communicates less.
+
+``import adamac`` is light: torch and diffusers are imported when something of theirs is used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from adamac.attention import AdaCluster, Schedule
+    from adamac.integrations.diffusers import enable
+
+_LAZY = {
+    "enable": "adamac.integrations.diffusers",
+    "AdaCluster": "adamac.attention",
+    "Schedule": "adamac.attention",
+}
+
+__all__ = ["AdaCluster", "Schedule", "__version__", "enable"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        from importlib import import_module
+
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'adamac' has no attribute {name!r}")

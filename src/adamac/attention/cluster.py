@@ -1,0 +1,121 @@
+"""Turn the video tokens of every head into clusters: by k-means, or by cutting the video into tiles."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from adamac.attention.layout import Layout
+from adamac.attention.plan import Clusters, Plan
+from adamac.ops.kmeans import Lloyd, Metric, kmeans, spread_tokens
+from adamac.ops.precision import accurate
+from adamac.ops.segment import segment_counts, segment_mean
+
+
+def cluster_tokens(
+    points: Tensor,
+    num_clusters: int,
+    layout: Layout,
+    *,
+    iterations: int,
+    metric: Metric,
+    seed: int,
+) -> Clusters:
+    """Cluster the video tokens from scratch, each head by itself.
+
+    Args:
+        points: ``[batch, heads, video_tokens, head_dim]``.
+        num_clusters: How many; at most one a token.
+        layout: Says which tokens are padding.
+        iterations: Lloyd iterations.
+        metric: ``"euclidean"`` or ``"cosine"``.
+        seed: Chooses the tokens that k-means starts from.
+    """
+    valid = layout.video_valid()
+    initial = spread_tokens(points, min(num_clusters, points.shape[2]), seed, valid)
+    found = kmeans(points, initial, iterations=iterations, metric=metric, include=valid)
+    return as_clusters(points, found, metric)
+
+
+def refine(points: Tensor, former: Clusters, layout: Layout, *, iterations: int, metric: Metric) -> Clusters:
+    """Cluster the tokens of the next step, starting from the former step's centroids."""
+    valid = layout.video_valid()
+    found = kmeans(points, former.centroids, iterations=iterations, metric=metric, include=valid)
+    return as_clusters(points, found, metric)
+
+
+def regroup(points: Tensor, former: Clusters) -> Clusters:
+    """Keep the former step's partition, with the means of the new tokens."""
+    means = segment_mean(points, former.labels, former.num_clusters)
+    return replace(former, means=means, centroids=former.centroids)
+
+
+def as_clusters(points: Tensor, found: Lloyd, metric: Metric) -> Clusters:
+    """Attach mean members; on the unit sphere these are not the centroids."""
+    if metric == "euclidean":
+        means = found.centroids
+    else:
+        means = segment_mean(points, found.labels, found.counts.shape[-1])
+    return Clusters(found.labels, found.counts, means, found.centroids)
+
+
+def tiles(points: Tensor, layout: Layout, tile: int | tuple[int, int, int]) -> Clusters:
+    """Cut the video into tiles: runs of ``tile`` tokens in raster order, or boxes of (frames, height, width).
+
+    Args:
+        points: ``[batch, heads, video_tokens, head_dim]``.
+        layout: Says which tokens are padding, and the grid that boxes need.
+        tile: Tokens in a run, or the sides of a box; tiles at the border are smaller.
+
+    Raises:
+        ValueError: If boxes are asked for and the layout has no grid.
+    """
+    device = points.device
+    if isinstance(tile, int):
+        number = torch.arange(points.shape[2], device=device) // tile
+    else:
+        if layout.grid is None:
+            raise ValueError(
+                f"3-D tiles {tile} need the grid of the video tokens; give Layout(grid=...) or a run length"
+            )
+        boxes = [math.ceil(side / step) for side, step in zip(layout.grid, tile, strict=True)]
+        frame, row, column = (
+            torch.arange(side, device=device) // step for side, step in zip(layout.grid, tile, strict=True)
+        )
+        number = (frame[:, None, None] * boxes[1] + row[:, None]) * boxes[2] + column
+        number = number.flatten()
+    labels = number.expand(points.shape[:3])
+    valid = layout.video_valid()
+    if valid is not None:
+        labels = labels.masked_fill(~valid, -1)
+    num_tiles = tile_count(points.shape[2], layout, tile)
+    counts = segment_counts(labels, num_tiles)
+    means = segment_mean(points, labels, num_tiles)
+    return Clusters(labels.contiguous(), counts, means, means)
+
+
+def tile_count(tokens: int, layout: Layout, tile: int | tuple[int, int, int]) -> int:
+    """How many tiles the video has, without looking at the device."""
+    if isinstance(tile, int):
+        return math.ceil(tokens / tile)
+    assert layout.grid is not None
+    return math.prod(math.ceil(side / step) for side, step in zip(layout.grid, tile, strict=True))
+
+
+def video_parts(query: Tensor, key: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    """Cut the video tokens out of query and key, in the precision that plans are made in."""
+    return accurate(layout.video(query)), accurate(layout.video(key))
+
+
+def usable(previous: Plan | None, query: Tensor, layout: Layout) -> Plan | None:
+    """Return the former plan if it was made for these shapes, else nothing: the method then starts afresh."""
+    if previous is None or not previous.layout.same_shape(layout):
+        return None
+    if previous.queries is not None and (
+        previous.queries.labels.shape[:2] != query.shape[:2] or previous.queries.labels.device != query.device
+    ):
+        return None
+    return previous

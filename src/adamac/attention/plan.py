@@ -1,0 +1,160 @@
+"""A plan: which key clusters each query cluster reads exactly, and whether what is skipped still counts.
+
+A *method* (``AdaCluster``, ``SVG2``, ``BlockTopK``, ...) turns ``(query, key)`` into a plan; :func:`adamac.attention.attend`
+turns ``(query, key, value, plan)`` into an output. Methods therefore differ in their plans alone, and a comparison of two
+methods compares just that.
+
+A plan covers the video tokens of a sequence. Text is not part of it: the executor lets every query read all valid text and
+every text query read everything.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adamac.attention.layout import Layout
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """A partition of the video tokens of every head.
+
+    Heads may differ in how many clusters they use: they are padded to the widest with clusters of no members, which no
+    query reads.
+
+    Attributes:
+        labels: ``[batch, heads, video_tokens]`` int64, the cluster of each token; -1 for padding.
+        counts: ``[batch, heads, clusters]`` int64, members of each cluster; 0 is an empty cluster.
+        means: ``[batch, heads, clusters, head_dim]`` float32, mean member (not normalised).
+        centroids: What a later clustering starts from: the means themselves, or their like on the unit sphere.
+    """
+
+    labels: Tensor
+    counts: Tensor
+    means: Tensor
+    centroids: Tensor
+
+    @property
+    def num_clusters(self) -> int:
+        """How many clusters, empty ones included."""
+        return self.counts.shape[-1]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What each query cluster reads.
+
+    A dense plan (``dense_reason`` set) has no clusters: everything reads everything, for the reason given.
+
+    Attributes:
+        layout: The sequence that the plan is for.
+        queries: Clusters of the video queries.
+        keys: Clusters of the video keys.
+        reads: ``[batch, heads, q_clusters, k_clusters]`` int64: how many tokens of key cluster ``j`` the rows of query
+            cluster ``i`` read exactly, from none to all of them. A cluster read in part is read from its first token
+            in the order of the sequence.
+        compensate: Whether tokens that are skipped enter the softmax through their cluster's mean key and mean value.
+        age: Steps since the clusters were made.
+        dense_reason: Why this plan is dense, or ``None``.
+    """
+
+    layout: Layout
+    queries: Clusters | None = None
+    keys: Clusters | None = None
+    reads: Tensor | None = None
+    compensate: bool = False
+    age: int = 0
+    dense_reason: str | None = None
+
+    @classmethod
+    def dense(cls, layout: Layout, reason: str) -> Plan:
+        """The plan in which everything reads everything."""
+        return cls(layout, dense_reason=reason)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether everything reads everything, without looking at values."""
+        return self.dense_reason is not None
+
+    def parts(self) -> tuple[Clusters, Clusters, Tensor]:
+        """Clusters of queries, clusters of keys, and reads.
+
+        Raises:
+            ValueError: If the plan is dense and has none.
+        """
+        if self.queries is None or self.keys is None or self.reads is None:
+            raise ValueError(f"a dense plan ({self.dense_reason}) has no clusters")
+        return self.queries, self.keys, self.reads
+
+    def density(self) -> Tensor:
+        """Share of (query, key) pairs computed exactly, text included, in tokens: ``[batch, heads]`` float64.
+
+        Pairs with padding count neither above nor below. A dense plan gives a single 1.
+        """
+        if self.is_dense:
+            return torch.ones(1, 1, dtype=torch.float64)
+        queries, _, reads = self.parts()
+        rows = queries.counts.double()
+        video_pairs = (reads.sum(-1).double() * rows).sum(-1)
+        video, text = rows.sum(-1), self._text_tokens()
+        # Text queries read all, video queries read all text.
+        pairs = video_pairs + video * text + text * (video + text)
+        return pairs / (video + text).square()
+
+    def cost(self) -> Tensor:
+        """Density plus the centroids that each row reads, in units of dense attention: ``[batch, heads]`` float64."""
+        if self.is_dense or not self.compensate:
+            return self.density()
+        queries, keys, reads = self.parts()
+        rows = queries.counts.double()
+        centroids = (reads < keys.counts.unsqueeze(-2)).sum(-1).double()
+        tokens = rows.sum(-1) + self._text_tokens()
+        return self.density() + (centroids * rows).sum(-1) / tokens.square()
+
+    def state_bytes(self) -> int:
+        """Bytes that keeping this plan for the next step holds."""
+        kept = [self.reads]
+        for clusters in (self.queries, self.keys):
+            if clusters is not None:
+                kept += [clusters.labels, clusters.counts, clusters.means]
+                if clusters.centroids is not clusters.means:
+                    kept.append(clusters.centroids)
+        return sum(tensor.numel() * tensor.element_size() for tensor in kept if tensor is not None)
+
+    def check(self) -> None:
+        """Read the values and verify every invariant; for tests and debugging, since it waits for the device.
+
+        Raises:
+            ValueError: Naming the invariant that is broken.
+        """
+        if self.is_dense:
+            return
+        queries, keys, reads = self.parts()
+        for name, clusters in (("queries", queries), ("keys", keys)):
+            labels, size = clusters.labels, clusters.num_clusters
+            if labels.shape[-1] != self.layout.video_tokens:
+                raise ValueError(
+                    f"{name} label {labels.shape[-1]} tokens, the video has {self.layout.video_tokens}"
+                )
+            if labels.min() < -1 or labels.max() >= size:
+                raise ValueError(f"{name} labels must lie in -1..{size - 1}")
+            members = torch.nn.functional.one_hot(labels + 1, size + 1).sum(2)[..., 1:]
+            if not torch.equal(members, clusters.counts):
+                raise ValueError(f"{name} counts differ from the labels")
+            valid = self.layout.video_valid()
+            if valid is not None and not torch.equal((labels >= 0), valid.expand_as(labels)):
+                raise ValueError(f"{name}: exactly the padding must be labelled -1")
+        if reads.min() < 0 or (reads > keys.counts.unsqueeze(-2)).any():
+            raise ValueError("reads must lie between 0 and the size of the key cluster")
+
+    def _text_tokens(self) -> Tensor:
+        queries, _, _ = self.parts()
+        if self.layout.valid is None:
+            return queries.counts.new_full((1, 1), self.layout.text_tokens).double()
+        valid = self.layout.valid.sum(-1) - self.layout.video(self.layout.valid[:, None, :, None]).sum(
+            (1, 2, 3)
+        )
+        return valid.double().unsqueeze(1)

@@ -1,0 +1,66 @@
+"""Which steps and layers stay dense.
+
+Early steps decide what the video will show and are the least sparse, so most methods leave them dense; users report that a
+dense last step removes glitches; the first layer often resists. All three are for the user to set.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Dense steps and layers.
+
+    Attributes:
+        first: Dense steps at the start: a count (int), or a share of the steps (float), rounded up.
+        last: Dense steps at the end, likewise.
+        layers: Dense layers, by index; negative ones count from the end.
+        min_tokens: Sequences with fewer video tokens stay dense: planning would cost more than it saves.
+    """
+
+    first: int | float = 0.1
+    last: int | float = 0
+    layers: tuple[int, ...] = ()
+    min_tokens: int = 1024
+
+    def __post_init__(self) -> None:
+        for name in ("first", "last"):
+            amount = getattr(self, name)
+            if amount < 0 or (isinstance(amount, float) and amount > 1):
+                raise ValueError(
+                    f"Schedule.{name} must be a number of steps (int, 0 or more) or a share of them (float, 0 to 1), "
+                    f"got {amount!r}"
+                )
+
+    def dense_reason(self, step: int, num_steps: int | None, layer: int, num_layers: int) -> str | None:
+        """Say why a call stays dense, or ``None`` if it may be sparse.
+
+        Args:
+            step: Index of the denoising step, from 0.
+            num_steps: Steps of this video; ``None`` if unknown, which shares and last steps cannot do without.
+            layer: Index of the layer, from 0.
+            num_layers: How many layers have self-attention.
+
+        Raises:
+            ValueError: If the schedule needs the number of steps and it is unknown.
+        """
+        if step < self._steps(self.first, num_steps):
+            return "schedule: first steps"
+        if self.last and step >= (num_steps or 0) - self._steps(self.last, num_steps):
+            return "schedule: last steps"
+        if layer in self.layers or layer - num_layers in self.layers:
+            return "schedule: layer"
+        return None
+
+    @staticmethod
+    def _steps(amount: int | float, num_steps: int | None) -> int:
+        if isinstance(amount, int):
+            return amount
+        if num_steps is None:
+            raise ValueError(
+                f"a schedule with a share of the steps ({amount}) needs num_steps; give a count instead"
+            )
+        return math.ceil(amount * num_steps - 1e-9)

@@ -1,0 +1,1 @@
+"""Adapters to the frameworks that people already use."""

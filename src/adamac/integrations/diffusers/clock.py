@@ -1,0 +1,84 @@
+"""Which step of which video a call of the transformer belongs to.
+
+Pipelines tell little: some name the guidance branch, one tells the step. What they all do is call ``set_timesteps`` on
+their scheduler at the start of a video, which makes a new tensor of time steps, and then call the transformer once a step
+and branch. So a new tensor is a new video, however the last one ended; and the n-th call of a branch is its n-th
+evaluation. A scheduler of order 2 evaluates the model twice a step. Wan 2.2 hands over from one transformer to the other in
+the middle of a video: both share one clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+# The branch of a pipeline that does not name its branches.
+UNNAMED = "default"
+
+
+@dataclass
+class Clock:
+    """Counts evaluations by branch.
+
+    Attributes:
+        scheduler: Returns the pipeline's current scheduler (a user may replace it at any time), or ``None`` if only a
+            transformer is known.
+        num_steps: Steps of a video where no scheduler tells.
+    """
+
+    scheduler: Callable[[], Any]
+    num_steps: int | None = None
+    _timesteps: Any = None
+    _evaluations: dict[str, int] = field(default_factory=dict)
+    _last_timestep: Any = None
+
+    def starts_video(self) -> bool:
+        """Whether the call about to run is the first of a new video; remembers the video if so."""
+        scheduler = self.scheduler()
+        if scheduler is None:
+            done = max(self._evaluations.values(), default=0)
+            started = not self._evaluations or (
+                self.num_steps is not None
+                and done >= self.num_steps
+                and min(self._evaluations.values()) >= done
+            )
+        else:
+            started = scheduler.timesteps is not self._timesteps
+            self._timesteps = scheduler.timesteps
+        if started:
+            self.restart()
+        return started
+
+    def restart(self) -> None:
+        """Begin to count anew."""
+        self._evaluations.clear()
+        self._last_timestep = None
+
+    def tick(self, branch: str, timestep: Any) -> tuple[int, int | None]:
+        """Count one evaluation.
+
+        Args:
+            branch: Name of the guidance branch.
+            timestep: What the transformer was given; tells the steps apart where branches have no names.
+
+        Returns:
+            Index of the step, from 0, and the number of steps of this video (``None`` if unknown).
+        """
+        same_step = branch == UNNAMED and timestep is not None and timestep is self._last_timestep
+        self._last_timestep = timestep
+        evaluation = self._evaluations.get(branch, 0)
+        if same_step:  # the other branch of a pipeline that does not name them
+            return self._step(evaluation - 1)
+        self._evaluations[branch] = evaluation + 1
+        return self._step(evaluation)
+
+    def _step(self, evaluation: int) -> tuple[int, int | None]:
+        scheduler = self.scheduler()
+        if scheduler is None:
+            return evaluation, self.num_steps
+        order = getattr(scheduler, "order", 1)
+        # Video-to-video pipelines start in the middle of the time steps.
+        begin = getattr(scheduler, "begin_index", None) or 0
+        evaluations = len(scheduler.timesteps) - begin
+        return evaluation // order, -(-evaluations // order)

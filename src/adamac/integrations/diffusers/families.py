@@ -1,0 +1,116 @@
+"""What is known of each supported model family, as data.
+
+One seam serves them all: their self-attention calls ``torch.nn.functional.scaled_dot_product_attention``. What differs is
+which modules those are, where text sits, and how the latent grid becomes tokens.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+
+class UnsupportedModelError(ValueError):
+    """The model is not one that adamac knows how to make sparse."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """The facts of one model family.
+
+    Attributes:
+        name: For messages.
+        transformer: Name of the diffusers class.
+        self_attention: Pattern of the names of its self-attention modules; cross-attention and token refiners do not
+            match, so they are never touched.
+        text: Where text tokens sit in the self-attention sequence.
+        patch: Names of the configuration entries of the patch: one with (frames, height, width), or two with
+            frames and side.
+        frames_first: Whether latents are ``[batch, frames, channels, height, width]``, not channels first.
+    """
+
+    name: str
+    transformer: str
+    self_attention: str
+    text: Literal["none", "before", "after"]
+    patch: tuple[str, ...]
+    frames_first: bool = False
+
+    def modules(self, transformer: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
+        """Self-attention modules by name, in the order in which they run."""
+        pattern = re.compile(self.self_attention)
+        return [(name, module) for name, module in transformer.named_modules() if pattern.fullmatch(name)]
+
+    def grid(self, transformer: Any, latents: torch.Tensor) -> tuple[int, int, int] | None:
+        """Token grid (frames, height, width) of latents, or ``None`` if they are not 5-D."""
+        if latents.ndim != 5:
+            return None
+        shape = latents.shape
+        frames = shape[1] if self.frames_first else shape[2]
+        steps: list[Any] = [getattr(transformer.config, entry) for entry in self.patch]
+        if len(steps) == 1:
+            per_frame, per_row, per_column = steps[0]
+        else:  # CogVideoX 1.0 has no patch in time: its entry is None
+            per_frame, per_row, per_column = steps[0] or 1, steps[1], steps[1]
+        return frames // per_frame, shape[3] // per_row, shape[4] // per_column
+
+
+FAMILIES = (
+    Family(
+        name="Wan 2.1 and 2.2",
+        transformer="WanTransformer3DModel",
+        self_attention=r"blocks\.\d+\.attn1",
+        text="none",
+        patch=("patch_size",),
+    ),
+    Family(
+        name="HunyuanVideo",
+        transformer="HunyuanVideoTransformer3DModel",
+        self_attention=r"(single_)?transformer_blocks\.\d+\.attn",
+        text="after",
+        patch=("patch_size_t", "patch_size"),
+    ),
+    Family(
+        name="CogVideoX",
+        transformer="CogVideoXTransformer3DModel",
+        self_attention=r"transformer_blocks\.\d+\.attn1",
+        text="before",
+        patch=("patch_size_t", "patch_size"),
+        frames_first=True,
+    ),
+)
+
+
+def family_of(transformer: torch.nn.Module) -> Family:
+    """Find the family of a transformer.
+
+    Raises:
+        UnsupportedModelError: Listing what is supported.
+    """
+    names = {cls.__name__ for cls in type(transformer).__mro__}
+    for family in FAMILIES:
+        if family.transformer in names:
+            return family
+    supported = "; ".join(f"{family.name} ({family.transformer})" for family in FAMILIES)
+    raise UnsupportedModelError(f"{type(transformer).__name__} is not supported; supported are {supported}")
+
+
+def transformers_of(pipe_or_transformer: Any) -> list[torch.nn.Module]:
+    """List the denoising transformers: both of Wan 2.2, one of the others.
+
+    Raises:
+        UnsupportedModelError: If there is none.
+    """
+    if isinstance(pipe_or_transformer, torch.nn.Module):
+        return [pipe_or_transformer]
+    found = [getattr(pipe_or_transformer, name, None) for name in ("transformer", "transformer_2")]
+    transformers = [module for module in found if isinstance(module, torch.nn.Module)]
+    if not transformers:
+        raise UnsupportedModelError(
+            f"{type(pipe_or_transformer).__name__} has no transformer to make sparse; expected a diffusers pipeline of "
+            + ", ".join(family.name for family in FAMILIES)
+        )
+    return transformers

@@ -1,0 +1,292 @@
+"""``enable``: make a pipeline's self-attention sparse, reversibly, and say what happened."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import TracebackType
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.hooks import HookRegistry
+from torch import Tensor
+
+from adamac.attention import AdaCluster, Layout, Method, Plan, Schedule, attend
+from adamac.integrations.diffusers.clock import Clock
+from adamac.integrations.diffusers.families import Family, UnsupportedModelError, family_of, transformers_of
+from adamac.integrations.diffusers.hooks import AttentionHook, TransformerHook
+from adamac.integrations.diffusers.ledger import Call, Ledger, Report
+from adamac.ops.cluster_attention import Impl, resolve
+
+_HOOK = "adamac"
+_OLDEST_DIFFUSERS = (0, 36)
+
+
+def enable(
+    pipe: Any,
+    method: Method | None = None,
+    schedule: Schedule | None = None,
+    *,
+    impl: Impl = "auto",
+    num_steps: int | None = None,
+    strict: bool = False,
+) -> Handle:
+    """Make the self-attention of a video pipeline sparse.
+
+    Scheduler, LoRA, offload, quantisation, caches and processors stay as they are. Only self-attention changes:
+    cross-attention and token refiners are never touched.
+
+    Args:
+        pipe: A diffusers pipeline of a supported family, or its transformer.
+        method: Turns query and key into a plan; ``None`` means ``AdaCluster()``.
+        schedule: Which steps and layers stay dense; ``None`` means ``Schedule()``.
+        impl: How plans are carried out; see :func:`adamac.attention.attend`.
+        num_steps: Steps of a video, needed only if a bare transformer is given and the schedule has shares of steps.
+        strict: Raise instead of running densely for a reason that is not the schedule's.
+
+    Returns:
+        A handle with ``report()`` and ``disable()``; also a context manager that disables at its end.
+
+    Raises:
+        UnsupportedModelError: If the model's family is unknown or the installed diffusers is too old.
+        ValueError: If the pipeline is enabled already, or its attention back end cannot be reached.
+    """
+    _check_version()
+    return Handle(
+        pipe,
+        AdaCluster() if method is None else method,
+        Schedule() if schedule is None else schedule,
+        impl=impl,
+        num_steps=num_steps,
+        strict=strict,
+    )
+
+
+class Handle:
+    """A pipeline whose self-attention is sparse. Made by :func:`enable`."""
+
+    def __init__(
+        self,
+        pipe: Any,
+        method: Method,
+        schedule: Schedule,
+        *,
+        impl: Impl,
+        num_steps: int | None,
+        strict: bool,
+    ) -> None:
+        self.method = method
+        self.schedule = schedule
+        self.impl = resolve(impl)
+        self._impl: Impl = impl
+        self._strict = strict
+        self._transformers = transformers_of(pipe)
+        self._families = [family_of(transformer) for transformer in self._transformers]
+        self._ledger = Ledger()
+        self._clock = Clock(lambda: getattr(pipe, "scheduler", None), num_steps)
+        self._plans: dict[tuple[Any, ...], Plan] = {}
+        self._step: tuple[int, int | None] = (0, num_steps)
+        self._branch = ""
+        self._grid: tuple[int, int, int] | None = None
+        self._current = 0
+        self._num_layers = [
+            len(family.modules(transformer))
+            for family, transformer in zip(self._families, self._transformers, strict=True)
+        ]
+        self._install()
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.disable()
+
+    def report(self) -> Report:
+        """Say what happened since the handle was made or cleared. Waits for the device."""
+        return self._ledger.report()
+
+    def clear(self) -> None:
+        """Forget what was counted so far; plans of a video in progress stay."""
+        self._ledger.clear()
+
+    def new_video(self) -> None:
+        """Forget all plans and begin to count steps anew. A pipeline's videos are told apart without it."""
+        self._plans.clear()
+        self._clock.restart()
+
+    def disable(self) -> None:
+        """Take everything off again; the pipeline's output is bit-identical to before. May be called twice."""
+        for transformer, family in zip(self._transformers, self._families, strict=True):
+            for _, module in family.modules(transformer):
+                HookRegistry.check_if_exists_or_initialize(module).remove_hook(_HOOK, recurse=False)
+            registry = HookRegistry.check_if_exists_or_initialize(transformer)
+            registry.remove_hook(_HOOK, recurse=False)
+            _forget_children(registry)
+        self._plans.clear()
+
+    def _install(self) -> None:
+        for index, (transformer, family) in enumerate(zip(self._transformers, self._families, strict=True)):
+            registry = HookRegistry.check_if_exists_or_initialize(transformer)
+            if registry.get_hook(_HOOK) is not None:
+                raise ValueError(
+                    "adamac is enabled on this pipeline already; call disable() on the former handle first"
+                )
+            _check_back_end(family, transformer)
+            registry.register_hook(TransformerHook(self._announce(index), self._plans.clear), _HOOK)
+            for layer, (_, module) in enumerate(family.modules(transformer)):
+                hook = AttentionHook(self._attention, self._bypassed, layer)
+                HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, _HOOK)
+            _forget_children(registry)
+
+    def _announce(self, index: int) -> Any:
+        """Make the callback that one transformer calls before it runs."""
+        transformer, family = self._transformers[index], self._families[index]
+
+        def on_call(branch: str, timestep: Any, latents: Tensor) -> None:
+            if self._clock.starts_video():
+                self._plans.clear()
+                self._ledger.videos += 1
+            self._step = self._clock.tick(branch, timestep)
+            self._branch = branch
+            self._grid = family.grid(transformer, latents)
+            self._current = index
+
+        return on_call
+
+    def _attention(
+        self,
+        layer: int,
+        video_tokens: int,
+        text_tokens: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scale: float | None,
+    ) -> Tensor:
+        """Attend in place of ``scaled_dot_product_attention``."""
+        layout, problem = self._layout(video_tokens, text_tokens, query, key, mask)
+        if problem is not None:
+            return self._unsupported(layer, problem, query, key, value, mask, scale)
+        assert layout is not None
+        step, num_steps = self._step
+        reason = self.schedule.dense_reason(step, num_steps, layer, self._num_layers[self._current])
+        if reason is None and video_tokens < self.schedule.min_tokens:
+            reason = f"schedule: fewer than {self.schedule.min_tokens} video tokens"
+        plan = self._plan(layer, layout, query, key) if reason is None else Plan.dense(layout, reason)
+        self._record(layer, plan)
+        stage = "dense" if plan.is_dense else "attend"
+        return self._ledger.timed(
+            stage, query.device, lambda: attend(query, key, value, plan, scale=scale, impl=self._impl)
+        )
+
+    def _plan(self, layer: int, layout: Layout, query: Tensor, key: Tensor) -> Plan:
+        # The transformer counts too: Wan 2.2's two transformers have layers of the same index.
+        place = (self._current, layer, self._branch, tuple(query.shape))
+        plan = self._ledger.timed(
+            "plan",
+            query.device,
+            lambda: self.method(query, key, layout=layout, previous=self._plans.get(place)),
+        )
+        # Only the shape of the former layout is needed, not its mask, which the next step brings again.
+        self._plans[place] = replace(plan, layout=replace(plan.layout, valid=None))
+        held = sum(kept.state_bytes() for kept in self._plans.values())
+        self._ledger.state_bytes = max(self._ledger.state_bytes, held)
+        return plan
+
+    def _layout(
+        self, video_tokens: int, text_tokens: int, query: Tensor, key: Tensor, mask: Tensor | None
+    ) -> tuple[Layout | None, str | None]:
+        """Find out where video, text and padding are, or why that cannot be told."""
+        tokens = query.shape[2]
+        if tokens != video_tokens + text_tokens or key.shape != query.shape:
+            return (
+                None,
+                "sequence is not video and text of this module (context parallelism or grouped heads?)",
+            )
+        valid = None
+        if mask is not None:
+            if (
+                mask.dtype != torch.bool
+                or mask.ndim != 4
+                or mask.shape[1:3] != (1, 1)
+                or mask.shape[3] != tokens
+            ):
+                return (
+                    None,
+                    f"attention mask of shape {tuple(mask.shape)} and {mask.dtype} is not one of padded keys",
+                )
+            valid = mask[:, 0, 0].expand(query.shape[0], -1)
+        start = text_tokens if self._families[self._current].text == "before" else 0
+        grid = self._grid
+        if grid is not None and grid[0] * grid[1] * grid[2] != video_tokens:
+            grid = None  # a model that adds tokens of its own, an image's for instance
+        return Layout(tokens, start, start + video_tokens, valid, grid), None
+
+    def _unsupported(
+        self,
+        layer: int,
+        problem: str,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scale: float | None,
+    ) -> Tensor:
+        """Attend densely, as the model asked, and say why."""
+        if self._strict:
+            raise ValueError(f"layer {layer}: {problem}")
+        step, _ = self._step
+        self._ledger.calls.append(
+            Call(self._ledger.videos - 1, step, layer, self._branch, f"unsupported: {problem}")
+        )
+        sdpa = torch.nn.functional.scaled_dot_product_attention
+        return self._ledger.timed(
+            "dense", query.device, lambda: sdpa(query, key, value, attn_mask=mask, scale=scale)
+        )
+
+    def _bypassed(self, layer: int) -> None:
+        """Take down a call that never reached ``scaled_dot_product_attention``."""
+        problem = "the attention back end does not call scaled_dot_product_attention; set it to 'native'"
+        if self._strict:
+            raise ValueError(f"layer {layer}: {problem}")
+        self._ledger.calls.append(
+            Call(self._ledger.videos - 1, self._step[0], layer, self._branch, f"unsupported: {problem}")
+        )
+
+    def _record(self, layer: int, plan: Plan) -> None:
+        reason = plan.dense_reason
+        if reason is not None and not reason.startswith("schedule"):
+            reason = f"method: {reason}" if reason != "method" else reason
+        shares = (None, None) if plan.is_dense else (plan.density(), plan.cost())
+        call = Call(self._ledger.videos - 1, self._step[0], layer, self._branch, reason, *shares)
+        self._ledger.calls.append(call)
+
+
+def _check_version() -> None:
+    version = tuple(int(part) for part in diffusers.__version__.split(".")[:2])
+    if version < _OLDEST_DIFFUSERS:
+        raise UnsupportedModelError(
+            f"diffusers {diffusers.__version__} is too old: adamac needs {'.'.join(map(str, _OLDEST_DIFFUSERS))} or newer"
+        )
+
+
+def _check_back_end(family: Family, transformer: torch.nn.Module) -> None:
+    """Refuse a back end under which attention would go past us."""
+    for name, module in family.modules(transformer):
+        back_end = getattr(getattr(module, "processor", None), "_attention_backend", None)
+        back_end = getattr(back_end, "value", back_end)
+        if back_end is not None and "native" not in back_end:
+            raise ValueError(
+                f"{name} uses the attention back end {back_end!r}, which adamac cannot reach; call "
+                "transformer.set_attention_backend('native') first (dense steps then use torch's kernels)"
+            )
+
+
+def _forget_children(registry: HookRegistry) -> None:
+    """Tell diffusers (0.41 and newer) that hooks came or went below this module."""
+    forget = getattr(registry, "invalidate_child_registries_cache", None)
+    if forget is not None:
+        forget()

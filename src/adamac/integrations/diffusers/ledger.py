@@ -1,0 +1,164 @@
+"""What happened in every call: sparse or dense and why, how dense, how long each stage took.
+
+Nothing here waits for the device while a video is made: densities stay tensors and times stay events until a report is
+asked for.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Call:
+    """One self-attention call.
+
+    Attributes:
+        video: Index of the video since the ledger was cleared.
+        step: Index of the denoising step.
+        layer: Index of the layer.
+        branch: Guidance branch.
+        reason: Why the call was dense; ``None`` if it was sparse.
+        density: ``[batch, heads]``.
+        cost: Density plus centroids, ``[batch, heads]``.
+    """
+
+    video: int
+    step: int
+    layer: int
+    branch: str
+    reason: str | None
+    density: Tensor | None = None
+    cost: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What sparse attention did since the handle was made or cleared.
+
+    Attributes:
+        calls: Self-attention calls.
+        sparse_calls: Of these, how many were sparse.
+        dense_calls: Number of dense calls by reason.
+        density: Mean share of (query, key) pairs computed exactly; a dense call counts as 1.
+        cost: The same with the centroids that compensation reads.
+        density_by_step_layer: ``[step][layer]``, mean over branches, samples, heads and videos; ``None`` where no call was.
+        density_by_layer_head: ``[layer][head]`` over the sparse calls; ``None`` for a layer that had none.
+        seconds: Time by stage: ``plan`` (clustering and selection), ``attend`` (carrying plans out), ``dense``.
+        state_bytes: Bytes that plans kept between steps held at most.
+    """
+
+    calls: int
+    sparse_calls: int
+    dense_calls: dict[str, int]
+    density: float
+    cost: float
+    density_by_step_layer: list[list[float | None]]
+    density_by_layer_head: list[list[float] | None]
+    seconds: dict[str, float]
+    state_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON-ready values."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        if not self.calls:
+            return "no self-attention call was seen; did the pipeline run, with an attention back end that calls SDPA?"
+        lines = [
+            f"{self.sparse_calls} of {self.calls} self-attention calls were sparse; density {self.density:.1%}"
+        ]
+        lines += [f"  dense: {reason}: {count}" for reason, count in sorted(self.dense_calls.items())]
+        lines += [f"  seconds in {stage}: {seconds:.2f}" for stage, seconds in self.seconds.items()]
+        lines.append(f"  state kept between steps: {self.state_bytes / 2**20:.1f} MiB")
+        return "\n".join(lines)
+
+
+@dataclass
+class Ledger:
+    """Takes down calls and stage times."""
+
+    calls: list[Call] = field(default_factory=list)
+    videos: int = 0
+    state_bytes: int = 0
+    _times: list[tuple[str, Callable[[], float]]] = field(default_factory=list)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.calls.clear()
+        self._times.clear()
+        self.videos = 0
+        self.state_bytes = 0
+
+    def timed(self, stage: str, device: torch.device, run: Callable[[], Any]) -> Any:
+        """Run a stage and take down how long it took, without waiting for the device."""
+        if device.type == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            result = run()
+            end.record()
+            self._times.append((stage, lambda: begin.elapsed_time(end) / 1e3))
+        else:
+            started = time.perf_counter()
+            result = run()
+            elapsed = time.perf_counter() - started
+            self._times.append((stage, lambda: elapsed))
+        return result
+
+    def report(self) -> Report:
+        """Read everything back from the device and add it up."""
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        seconds = {"plan": 0.0, "attend": 0.0, "dense": 0.0}
+        for stage, elapsed in self._times:
+            seconds[stage] += elapsed()
+        density = [_mean(call.density) for call in self.calls]
+        cost = [_mean(call.cost) for call in self.calls]
+        reasons = Counter(call.reason for call in self.calls if call.reason is not None)
+        return Report(
+            calls=len(self.calls),
+            sparse_calls=sum(call.reason is None for call in self.calls),
+            dense_calls=dict(reasons),
+            density=_average(density),
+            cost=_average(cost),
+            density_by_step_layer=self._by_step_and_layer(density),
+            density_by_layer_head=self._by_layer_and_head(),
+            seconds=seconds,
+            state_bytes=self.state_bytes,
+        )
+
+    def _by_step_and_layer(self, density: list[float]) -> list[list[float | None]]:
+        cells: dict[tuple[int, int], list[float]] = {}
+        for call, value in zip(self.calls, density, strict=True):
+            cells.setdefault((call.step, call.layer), []).append(value)
+        steps = 1 + max((call.step for call in self.calls), default=-1)
+        layers = 1 + max((call.layer for call in self.calls), default=-1)
+        return [
+            [_average(cells[step, layer]) if (step, layer) in cells else None for layer in range(layers)]
+            for step in range(steps)
+        ]
+
+    def _by_layer_and_head(self) -> list[list[float] | None]:
+        sums: dict[int, Tensor] = {}
+        counts: Counter[int] = Counter()
+        for call in self.calls:
+            if call.density is not None:
+                sums[call.layer] = sums.get(call.layer, 0) + call.density.mean(0)
+                counts[call.layer] += 1
+        layers = 1 + max((call.layer for call in self.calls), default=-1)
+        return [(sums[layer] / counts[layer]).tolist() if layer in sums else None for layer in range(layers)]
+
+
+def _mean(share: Tensor | None) -> float:
+    return 1.0 if share is None else float(share.mean())
+
+
+def _average(values: list[float]) -> float:
+    return sum(values) / len(values) if values else 1.0

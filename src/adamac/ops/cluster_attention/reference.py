@@ -1,0 +1,74 @@
+"""The meaning of cluster attention: a dense mask, one head at a time, in float32 (float64 stays float64)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from adamac.ops.precision import accurate
+
+
+def reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    q_labels: Tensor,
+    k_labels: Tensor,
+    reads: Tensor,
+    *,
+    compensate: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Compute :func:`adamac.ops.cluster_attention.cluster_attention` in the plainest way."""
+    output = torch.empty_like(query)
+    lse = accurate(query).new_empty(query.shape[:-1])
+    for sample in range(query.shape[0]):
+        for head in range(query.shape[1]):
+            at = (sample, head)
+            output[at], lse[at] = _one_head(
+                accurate(query[at]),
+                accurate(key[at]),
+                accurate(value[at]),
+                q_labels[at],
+                k_labels[at],
+                reads[at],
+                compensate=compensate,
+                scale=scale,
+            )
+    return output, lse
+
+
+def _one_head(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    q_labels: Tensor,
+    k_labels: Tensor,
+    reads: Tensor,
+    *,
+    compensate: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    q_clusters, k_clusters = reads.shape
+    member = k_labels == torch.arange(k_clusters, device=key.device).unsqueeze(1)  # [k_clusters, k_tokens]
+    rank = (member.long().cumsum(1) - 1).mul(member).sum(0)  # position of each key within its cluster
+    output, lse = torch.zeros_like(query), query.new_full(query.shape[:1], -torch.inf)
+    for cluster in range(q_clusters):
+        rows = q_labels == cluster
+        if not rows.any():
+            continue
+        read = (k_labels >= 0) & (rank < reads[cluster][k_labels.clamp_min(0)])  # [k_tokens]
+        logits = query[rows] @ key.T * scale
+        logits = logits.masked_fill(~read, -torch.inf)
+        values = value
+        if compensate:
+            skipped = (member & ~read).to(key.dtype)  # [k_clusters, k_tokens]
+            size = skipped.sum(1)
+            mean_key = skipped @ key / size.clamp_min(1).unsqueeze(1)
+            mean_value = skipped @ value / size.clamp_min(1).unsqueeze(1)
+            logits = torch.cat([logits, query[rows] @ mean_key.T * scale + size.log()], dim=1)
+            values = torch.cat([value, mean_value])
+        lse[rows] = logits.logsumexp(1)
+        weights = torch.exp(logits - lse[rows].clamp_min(torch.finfo(lse.dtype).min).unsqueeze(1))
+        output[rows] = weights @ values
+    return output, lse

@@ -1,0 +1,166 @@
+"""k-means of every head at once: nearest centroid, one Lloyd update, and the loop of both.
+
+Two metrics. ``"euclidean"`` is what keys are clustered by, because the distance of a key from its centroid bounds the
+error of its logit. ``"cosine"`` is what queries are clustered by in AdaCluster, because the order of a query's logits
+does not depend on its length: points are put on the unit sphere, and so are the centroids after each update (spherical
+k-means).
+
+A point labelled ``-1`` (padding) takes no part. A cluster that loses all its points keeps its old centroid.
+Distances are held for a slice of the points at a time, never for all of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from adamac.ops.precision import accurate
+from adamac.ops.segment import segment_counts, segment_sum
+
+Metric = Literal["euclidean", "cosine"]
+
+# Similarities held at once, in elements. 2^22 float32 values are 16 MiB: about a CPU's last-level cache, and
+# nothing beside a GPU's memory.
+_SLICE_ELEMENTS = 1 << 22
+
+
+@dataclass(frozen=True)
+class Lloyd:
+    """What k-means ends with.
+
+    Attributes:
+        labels: ``[batch, heads, tokens]`` int64, the nearest centroid *before* the last update; -1 for points left out.
+        centroids: ``[batch, heads, clusters, dim]``, the mean of each cluster's points (on the unit sphere for
+            ``"cosine"``); an empty cluster keeps its former centroid.
+        counts: ``[batch, heads, clusters]`` int64.
+    """
+
+    labels: Tensor
+    centroids: Tensor
+    counts: Tensor
+
+
+def nearest(points: Tensor, centroids: Tensor, metric: Metric = "euclidean") -> Tensor:
+    """Find the nearest centroid of every point; ties go to the lower index.
+
+    Args:
+        points: ``[batch, heads, tokens, dim]``.
+        centroids: ``[batch, heads, clusters, dim]``.
+        metric: ``"euclidean"``, or ``"cosine"`` for the largest cosine.
+
+    Returns:
+        ``[batch, heads, tokens]`` int64.
+    """
+    points, centroids = accurate(points), accurate(centroids)
+    batch, heads, tokens, _ = points.shape
+    if metric == "cosine":  # the point's own length changes no order, so only the centroids are normalised
+        offset = None
+        centroids = torch.nn.functional.normalize(centroids, dim=-1)
+    else:  # argmin |p - c|^2 = argmax p.c - |c|^2 / 2
+        offset = centroids.square().sum(-1).mul_(-0.5).unsqueeze(-2)
+    step = max(1, _SLICE_ELEMENTS // (batch * heads * centroids.shape[2]))
+    labels = torch.empty(batch, heads, tokens, dtype=torch.long, device=points.device)
+    transposed = centroids.transpose(-1, -2)
+    for start in range(0, tokens, step):
+        similarity = points[:, :, start : start + step] @ transposed
+        if offset is not None:
+            similarity += offset
+        labels[:, :, start : start + step] = similarity.argmax(-1)
+    return labels
+
+
+def kmeans(
+    points: Tensor,
+    initial: Tensor,
+    *,
+    iterations: int,
+    metric: Metric = "euclidean",
+    include: Tensor | None = None,
+) -> Lloyd:
+    """Run Lloyd iterations (assign, then update) from the given centroids.
+
+    Args:
+        points: ``[batch, heads, tokens, dim]``; computed in float32 unless float64.
+        initial: ``[batch, heads, clusters, dim]`` centroids to start from.
+        iterations: How many, at least 1.
+        metric: ``"euclidean"`` or ``"cosine"`` (spherical k-means).
+        include: ``[batch, heads or 1, tokens]`` bool, which points take part; ``None`` means all.
+
+    Returns:
+        Labels, centroids and counts.
+
+    Raises:
+        ValueError: If ``iterations`` is below 1.
+    """
+    if iterations < 1:
+        raise ValueError(f"kmeans needs at least one iteration, got {iterations}")
+    points = accurate(points)
+    if metric == "cosine":
+        points = torch.nn.functional.normalize(points, dim=-1)
+    centroids = accurate(initial)
+    for _ in range(iterations):
+        labels = nearest(points, centroids, metric)
+        if include is not None:
+            labels = labels.masked_fill(~include, -1)
+        centroids, counts = _update(points, labels, centroids, metric)
+    return Lloyd(labels, centroids, counts)
+
+
+def inertia(points: Tensor, clusters: Lloyd) -> Tensor:
+    """Sum the squared distances of all points from their centroids: ``[batch, heads]``."""
+    return distances(points, clusters.labels, clusters.centroids).square().sum(-1)
+
+
+def distances(points: Tensor, labels: Tensor, centroids: Tensor) -> Tensor:
+    """Measure how far each point is from its own centroid.
+
+    Returns:
+        ``[batch, heads, tokens]``, zero for points labelled -1.
+    """
+    points = accurate(points)
+    index = labels.clamp_min(0).unsqueeze(-1).expand(-1, -1, -1, points.shape[-1])
+    own = torch.gather(centroids.to(points.dtype), 2, index)
+    return (points - own).norm(dim=-1).masked_fill_(labels < 0, 0.0)
+
+
+def spread_tokens(points: Tensor, clusters: int, seed: int, include: Tensor | None = None) -> Tensor:
+    """Choose starting centroids: one token at random from each of ``clusters`` equal stretches of the sequence.
+
+    Neighbouring video tokens are alike, so stretches cover the scene better than free draws. All heads of a sample take
+    the same positions. With ``include`` the stretches are equal in tokens that take part.
+
+    Args:
+        points: ``[batch, heads, tokens, dim]``.
+        clusters: How many; more than there are tokens gives repeats (their clusters stay empty).
+        seed: The same seed gives the same tokens, on any device.
+        include: ``[batch, heads or 1, tokens]`` bool.
+
+    Returns:
+        ``[batch, heads, clusters, dim]``.
+    """
+    batch, heads, tokens, dim = points.shape
+    generator = torch.Generator().manual_seed(seed)
+    jitter = torch.rand(clusters, generator=generator).to(points.device)
+    share = (torch.arange(clusters, device=points.device) + jitter) / clusters
+    if include is None:
+        index = (share * tokens).long().clamp_max(tokens - 1).expand(batch, heads, clusters)
+    else:
+        # The n-th token that takes part is where the running count first reaches n + 1.
+        running = include.expand(batch, heads, tokens).long().cumsum(-1)
+        wanted = (share * running[..., -1:]).long() + 1
+        index = torch.searchsorted(running, wanted).clamp_max(tokens - 1)
+    return torch.gather(points, 2, index.unsqueeze(-1).expand(-1, -1, -1, dim))
+
+
+def _update(points: Tensor, labels: Tensor, old: Tensor, metric: Metric) -> tuple[Tensor, Tensor]:
+    num_clusters = old.shape[2]
+    counts = segment_counts(labels, num_clusters)
+    sums = segment_sum(points, labels, num_clusters)
+    if metric == "cosine":
+        moved = torch.nn.functional.normalize(sums, dim=-1)
+    else:
+        moved = sums / counts.clamp_min(1).unsqueeze(-1)
+    return torch.where(counts.unsqueeze(-1) > 0, moved, old), counts
