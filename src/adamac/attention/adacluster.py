@@ -170,7 +170,7 @@ class AdaCluster:
         while (most := int(outlier.sum(-1).max())) > 0:
             room = self.max_key_clusters - centroids.shape[2]
             if room < 1:
-                return f"keys need more than {self.max_key_clusters} clusters"
+                return f"method: keys need more than {self.max_key_clusters} clusters"
             stages += 1
             wanted = max(_MIN_STAGE, math.ceil(2 * most * start / tokens))
             seeds = spread_tokens(key, min(wanted, room), self.seed + stages, outlier)

@@ -20,4 +20,4 @@ class Dense:
         """Return the dense plan; see :meth:`adamac.attention.AdaCluster.__call__` for the arguments."""
         layout = layout or Layout.video_only(query.shape[2])
         check_attention_inputs(query, key, layout)
-        return Plan.dense(layout, "method")
+        return Plan.dense(layout, "method: dense")

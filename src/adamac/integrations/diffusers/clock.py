@@ -17,6 +17,21 @@ from typing import Any
 UNNAMED = "default"
 
 
+@dataclass(frozen=True)
+class Moment:
+    """Where in a video a call of the transformer is.
+
+    Attributes:
+        branch: Guidance branch.
+        step: Index of the denoising step, from 0.
+        num_steps: Steps of this video; ``None`` if unknown.
+    """
+
+    branch: str = UNNAMED
+    step: int = 0
+    num_steps: int | None = None
+
+
 @dataclass
 class Clock:
     """Counts evaluations by branch.
@@ -32,20 +47,23 @@ class Clock:
     _timesteps: Any = None
     _evaluations: dict[str, int] = field(default_factory=dict)
     _last_timestep: Any = None
+    _calls_of_timestep: int = 0
 
-    def starts_video(self) -> bool:
-        """Whether the call about to run is the first of a new video; remembers the video if so."""
+    def starts_video(self, timestep: Any) -> bool:
+        """Whether the call about to run is the first of a new video; remembers the video if so.
+
+        Args:
+            timestep: What the transformer is given.
+        """
         scheduler = self.scheduler()
-        if scheduler is None:
-            done = max(self._evaluations.values(), default=0)
-            started = not self._evaluations or (
-                self.num_steps is not None
-                and done >= self.num_steps
-                and min(self._evaluations.values()) >= done
-            )
-        else:
+        if scheduler is not None:
             started = scheduler.timesteps is not self._timesteps
             self._timesteps = scheduler.timesteps
+        elif not self._evaluations:
+            started = True
+        else:
+            all_done = self.num_steps is not None and min(self._evaluations.values()) >= self.num_steps
+            started = all_done and not self._same_timestep(timestep)
         if started:
             self.restart()
         return started
@@ -55,23 +73,25 @@ class Clock:
         self._evaluations.clear()
         self._last_timestep = None
 
-    def tick(self, branch: str, timestep: Any) -> tuple[int, int | None]:
+    def tick(self, branch: str, timestep: Any) -> Moment:
         """Count one evaluation.
 
         Args:
-            branch: Name of the guidance branch.
-            timestep: What the transformer was given; tells the steps apart where branches have no names.
-
-        Returns:
-            Index of the step, from 0, and the number of steps of this video (``None`` if unknown).
+            branch: Name of the guidance branch. Unnamed branches are told apart by being called with the very same
+                time step one after another.
+            timestep: What the transformer is given.
         """
-        same_step = branch == UNNAMED and timestep is not None and timestep is self._last_timestep
+        self._calls_of_timestep = self._calls_of_timestep + 1 if self._same_timestep(timestep) else 0
         self._last_timestep = timestep
+        if branch == UNNAMED and self._calls_of_timestep:
+            branch = f"{UNNAMED} {self._calls_of_timestep + 1}"
         evaluation = self._evaluations.get(branch, 0)
-        if same_step:  # the other branch of a pipeline that does not name them
-            return self._step(evaluation - 1)
         self._evaluations[branch] = evaluation + 1
-        return self._step(evaluation)
+        return Moment(branch, *self._step(evaluation))
+
+    def _same_timestep(self, timestep: Any) -> bool:
+        # By identity: reading a value back would wait for the device.
+        return timestep is not None and timestep is self._last_timestep
 
     def _step(self, evaluation: int) -> tuple[int, int | None]:
         scheduler = self.scheduler()

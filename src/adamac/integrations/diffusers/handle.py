@@ -12,7 +12,7 @@ from diffusers.hooks import HookRegistry
 from torch import Tensor
 
 from adamac.attention import AdaCluster, Layout, Method, Plan, Schedule, attend
-from adamac.integrations.diffusers.clock import Clock
+from adamac.integrations.diffusers.clock import Clock, Moment
 from adamac.integrations.diffusers.families import Family, UnsupportedModelError, family_of, transformers_of
 from adamac.integrations.diffusers.hooks import AttentionHook, TransformerHook
 from adamac.integrations.diffusers.ledger import Call, Ledger, Report
@@ -80,13 +80,13 @@ class Handle:
         self.impl = resolve(impl)
         self._impl: Impl = impl
         self._strict = strict
+        self.pipe = pipe
         self._transformers = transformers_of(pipe)
         self._families = [family_of(transformer) for transformer in self._transformers]
         self._ledger = Ledger()
         self._clock = Clock(lambda: getattr(pipe, "scheduler", None), num_steps)
         self._plans: dict[tuple[Any, ...], Plan] = {}
-        self._step: tuple[int, int | None] = (0, num_steps)
-        self._branch = ""
+        self._now = Moment(num_steps=num_steps)
         self._grid: tuple[int, int, int] | None = None
         self._current = 0
         self._num_layers = [
@@ -145,11 +145,10 @@ class Handle:
         transformer, family = self._transformers[index], self._families[index]
 
         def on_call(branch: str, timestep: Any, latents: Tensor) -> None:
-            if self._clock.starts_video():
+            if self._clock.starts_video(timestep):
                 self._plans.clear()
                 self._ledger.videos += 1
-            self._step = self._clock.tick(branch, timestep)
-            self._branch = branch
+            self._now = self._clock.tick(branch, timestep)
             self._grid = family.grid(transformer, latents)
             self._current = index
 
@@ -171,12 +170,15 @@ class Handle:
         if problem is not None:
             return self._unsupported(layer, problem, query, key, value, mask, scale)
         assert layout is not None
-        step, num_steps = self._step
-        reason = self.schedule.dense_reason(step, num_steps, layer, self._num_layers[self._current])
+        num_layers = self._num_layers[self._current]
+        reason = self.schedule.dense_reason(self._now.step, self._now.num_steps, layer, num_layers)
         if reason is None and video_tokens < self.schedule.min_tokens:
             reason = f"schedule: fewer than {self.schedule.min_tokens} video tokens"
         plan = self._plan(layer, layout, query, key) if reason is None else Plan.dense(layout, reason)
-        self._record(layer, plan)
+        if plan.is_dense:
+            self._record(layer, plan.dense_reason)
+        else:
+            self._record(layer, None, plan.density(), plan.cost())
         stage = "dense" if plan.is_dense else "attend"
         return self._ledger.timed(
             stage, query.device, lambda: attend(query, key, value, plan, scale=scale, impl=self._impl)
@@ -184,7 +186,7 @@ class Handle:
 
     def _plan(self, layer: int, layout: Layout, query: Tensor, key: Tensor) -> Plan:
         # The transformer counts too: Wan 2.2's two transformers have layers of the same index.
-        place = (self._current, layer, self._branch, tuple(query.shape))
+        place = (self._current, layer, self._now.branch, tuple(query.shape))
         plan = self._ledger.timed(
             "plan",
             query.device,
@@ -238,10 +240,7 @@ class Handle:
         """Attend densely, as the model asked, and say why."""
         if self._strict:
             raise ValueError(f"layer {layer}: {problem}")
-        step, _ = self._step
-        self._ledger.calls.append(
-            Call(self._ledger.videos - 1, step, layer, self._branch, f"unsupported: {problem}")
-        )
+        self._record(layer, f"unsupported: {problem}")
         sdpa = torch.nn.functional.scaled_dot_product_attention
         return self._ledger.timed(
             "dense", query.device, lambda: sdpa(query, key, value, attn_mask=mask, scale=scale)
@@ -252,17 +251,11 @@ class Handle:
         problem = "the attention back end does not call scaled_dot_product_attention; set it to 'native'"
         if self._strict:
             raise ValueError(f"layer {layer}: {problem}")
-        self._ledger.calls.append(
-            Call(self._ledger.videos - 1, self._step[0], layer, self._branch, f"unsupported: {problem}")
-        )
+        self._record(layer, f"unsupported: {problem}")
 
-    def _record(self, layer: int, plan: Plan) -> None:
-        reason = plan.dense_reason
-        if reason is not None and not reason.startswith("schedule"):
-            reason = f"method: {reason}" if reason != "method" else reason
-        shares = (None, None) if plan.is_dense else (plan.density(), plan.cost())
-        call = Call(self._ledger.videos - 1, self._step[0], layer, self._branch, reason, *shares)
-        self._ledger.calls.append(call)
+    def _record(self, layer: int, reason: str | None, *shares: Tensor) -> None:
+        now = self._now
+        self._ledger.calls.append(Call(self._ledger.videos - 1, now.step, layer, now.branch, reason, *shares))
 
 
 def _check_version() -> None:
