@@ -127,13 +127,12 @@ class Handle:
         self._plans.clear()
 
     def _install(self) -> None:
-        for index, (transformer, family) in enumerate(zip(self._transformers, self._families, strict=True)):
-            registry = HookRegistry.check_if_exists_or_initialize(transformer)
-            if registry.get_hook(_HOOK) is not None:
-                raise ValueError(
-                    "adamac is enabled on this pipeline already; call disable() on the former handle first"
-                )
+        parts = list(zip(self._transformers, self._families, strict=True))
+        for transformer, family in parts:  # all are checked before the first is changed
+            _check_free(transformer)
             _check_back_end(family, transformer)
+        for index, (transformer, family) in enumerate(parts):
+            registry = HookRegistry.check_if_exists_or_initialize(transformer)
             registry.register_hook(TransformerHook(self._announce(index), self._plans.clear), _HOOK)
             for layer, (_, module) in enumerate(family.modules(transformer)):
                 hook = AttentionHook(self._attention, self._bypassed, layer)
@@ -147,7 +146,7 @@ class Handle:
         def on_call(branch: str, timestep: Any, latents: Tensor) -> None:
             if self._clock.starts_video(timestep):
                 self._plans.clear()
-                self._ledger.videos += 1
+                self._ledger.begin_video()
             self._now = self._clock.tick(branch, timestep)
             self._grid = family.grid(transformer, latents)
             self._current = index
@@ -194,8 +193,7 @@ class Handle:
         )
         # Only the shape of the former layout is needed, not its mask, which the next step brings again.
         self._plans[place] = replace(plan, layout=replace(plan.layout, valid=None))
-        held = sum(kept.state_bytes() for kept in self._plans.values())
-        self._ledger.state_bytes = max(self._ledger.state_bytes, held)
+        self._ledger.held(sum(kept.state_bytes() for kept in self._plans.values()))
         return plan
 
     def _layout(
@@ -255,7 +253,7 @@ class Handle:
 
     def _record(self, layer: int, reason: str | None, *shares: Tensor) -> None:
         now = self._now
-        self._ledger.calls.append(Call(self._ledger.videos - 1, now.step, layer, now.branch, reason, *shares))
+        self._ledger.add(Call(now.step, layer, now.branch, reason, *shares))
 
 
 def _check_version() -> None:
@@ -263,6 +261,13 @@ def _check_version() -> None:
     if version < _OLDEST_DIFFUSERS:
         raise UnsupportedModelError(
             f"diffusers {diffusers.__version__} is too old: adamac needs {'.'.join(map(str, _OLDEST_DIFFUSERS))} or newer"
+        )
+
+
+def _check_free(transformer: torch.nn.Module) -> None:
+    if HookRegistry.check_if_exists_or_initialize(transformer).get_hook(_HOOK) is not None:
+        raise ValueError(
+            "adamac is enabled on this pipeline already; call disable() on the former handle first"
         )
 
 

@@ -7,7 +7,7 @@ asked for.
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -21,7 +21,6 @@ class Call:
     """One self-attention call.
 
     Attributes:
-        video: Index of the video since the ledger was cleared.
         step: Index of the denoising step.
         layer: Index of the layer.
         branch: Guidance branch.
@@ -30,7 +29,6 @@ class Call:
         cost: Density plus centroids, ``[batch, heads]``.
     """
 
-    video: int
     step: int
     layer: int
     branch: str
@@ -41,7 +39,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Report:
-    """What sparse attention did since the handle was made or cleared.
+    """What sparse attention did since the handle was made or cleared (at most the last 32 videos).
 
     Attributes:
         calls: Self-attention calls.
@@ -81,35 +79,55 @@ class Report:
         return "\n".join(lines)
 
 
-@dataclass
-class Ledger:
-    """Takes down calls and stage times."""
+# A server makes videos for months and may never ask: older ones are forgotten.
+_VIDEOS = 32
 
+
+@dataclass
+class _Video:
     calls: list[Call] = field(default_factory=list)
-    videos: int = 0
-    state_bytes: int = 0
-    _times: list[tuple[str, Callable[[], float]]] = field(default_factory=list)
+    times: list[tuple[str, Callable[[], float]]] = field(default_factory=list)
+
+
+class Ledger:
+    """Takes down calls and stage times of the last videos."""
+
+    def __init__(self) -> None:
+        self._videos: deque[_Video] = deque([_Video()], maxlen=_VIDEOS)
+        self._state_bytes = 0
 
     def clear(self) -> None:
         """Forget everything."""
-        self.calls.clear()
-        self._times.clear()
-        self.videos = 0
-        self.state_bytes = 0
+        self._videos.clear()
+        self._videos.append(_Video())
+        self._state_bytes = 0
+
+    def begin_video(self) -> None:
+        """Open a new page."""
+        self._videos.append(_Video())
+
+    def add(self, call: Call) -> None:
+        """Take down one call."""
+        self._videos[-1].calls.append(call)
+
+    def held(self, state_bytes: int) -> None:
+        """Take down how much the kept plans hold."""
+        self._state_bytes = max(self._state_bytes, state_bytes)
 
     def timed(self, stage: str, device: torch.device, run: Callable[[], Any]) -> Any:
         """Run a stage and take down how long it took, without waiting for the device."""
+        times = self._videos[-1].times
         if device.type == "cuda":
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
             result = run()
             end.record()
-            self._times.append((stage, lambda: begin.elapsed_time(end) / 1e3))
+            times.append((stage, lambda: begin.elapsed_time(end) / 1e3))
         else:
             started = time.perf_counter()
             result = run()
             elapsed = time.perf_counter() - started
-            self._times.append((stage, lambda: elapsed))
+            times.append((stage, lambda: elapsed))
         return result
 
     def report(self) -> Report:
@@ -117,43 +135,47 @@ class Ledger:
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             torch.cuda.synchronize()
         seconds = {"plan": 0.0, "attend": 0.0, "dense": 0.0}
-        for stage, elapsed in self._times:
-            seconds[stage] += elapsed()
-        density = [_mean(call.density) for call in self.calls]
-        cost = [_mean(call.cost) for call in self.calls]
-        reasons = Counter(call.reason for call in self.calls if call.reason is not None)
+        for video in self._videos:
+            for stage, elapsed in video.times:
+                seconds[stage] += elapsed()
+        calls = [call for video in self._videos for call in video.calls]
+        density = [_mean(call.density) for call in calls]
+        cost = [_mean(call.cost) for call in calls]
+        reasons = Counter(call.reason for call in calls if call.reason is not None)
         return Report(
-            calls=len(self.calls),
-            sparse_calls=sum(call.reason is None for call in self.calls),
+            calls=len(calls),
+            sparse_calls=sum(call.reason is None for call in calls),
             dense_calls=dict(reasons),
             density=_average(density),
             cost=_average(cost),
-            density_by_step_layer=self._by_step_and_layer(density),
-            density_by_layer_head=self._by_layer_and_head(),
+            density_by_step_layer=_by_step_and_layer(calls, density),
+            density_by_layer_head=_by_layer_and_head(calls),
             seconds=seconds,
-            state_bytes=self.state_bytes,
+            state_bytes=self._state_bytes,
         )
 
-    def _by_step_and_layer(self, density: list[float]) -> list[list[float | None]]:
-        cells: dict[tuple[int, int], list[float]] = {}
-        for call, value in zip(self.calls, density, strict=True):
-            cells.setdefault((call.step, call.layer), []).append(value)
-        steps = 1 + max((call.step for call in self.calls), default=-1)
-        layers = 1 + max((call.layer for call in self.calls), default=-1)
-        return [
-            [_average(cells[step, layer]) if (step, layer) in cells else None for layer in range(layers)]
-            for step in range(steps)
-        ]
 
-    def _by_layer_and_head(self) -> list[list[float] | None]:
-        sums: dict[int, Tensor] = {}
-        counts: Counter[int] = Counter()
-        for call in self.calls:
-            if call.density is not None:
-                sums[call.layer] = sums.get(call.layer, 0) + call.density.mean(0)
-                counts[call.layer] += 1
-        layers = 1 + max((call.layer for call in self.calls), default=-1)
-        return [(sums[layer] / counts[layer]).tolist() if layer in sums else None for layer in range(layers)]
+def _by_step_and_layer(calls: list[Call], density: list[float]) -> list[list[float | None]]:
+    cells: dict[tuple[int, int], list[float]] = {}
+    for call, value in zip(calls, density, strict=True):
+        cells.setdefault((call.step, call.layer), []).append(value)
+    steps = 1 + max((call.step for call in calls), default=-1)
+    layers = 1 + max((call.layer for call in calls), default=-1)
+    return [
+        [_average(cells[step, layer]) if (step, layer) in cells else None for layer in range(layers)]
+        for step in range(steps)
+    ]
+
+
+def _by_layer_and_head(calls: list[Call]) -> list[list[float] | None]:
+    shares: dict[int, list[Tensor]] = {}
+    for call in calls:
+        if call.density is not None:
+            shares.setdefault(call.layer, []).append(call.density.mean(0))
+    layers = 1 + max((call.layer for call in calls), default=-1)
+    return [
+        torch.stack(shares[layer]).mean(0).tolist() if layer in shares else None for layer in range(layers)
+    ]
 
 
 def _mean(share: Tensor | None) -> float:
