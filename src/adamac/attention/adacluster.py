@@ -39,9 +39,11 @@ class AdaCluster:
     """Sparse attention by clusters of queries and keys.
 
     Attributes:
-        query_clusters: Clusters of the queries of each head.
-        key_clusters: Clusters that the keys of each head start with, before stages for outliers.
-        max_key_clusters: A layer that would need more stays dense.
+        query_clusters: Clusters of the queries of each head; ``None`` means 1.5 times the root of the video tokens
+            (99 at 4,368 tokens, 412 at 75,600).
+        key_clusters: Clusters that the keys of each head start with, before stages for outliers; ``None`` means 3 times
+            the root (198 and 825): a centroid is read by every row, so twice the tokens should not get twice as many.
+        max_key_clusters: A layer that would need more stays dense; ``None`` means 4 times ``key_clusters``.
         outlier_factor: A key is an outlier if it is farther from its centroid than this many times the layer's mean
             distance in the first sparse step; infinity keeps ``key_clusters``.
         angular: Cluster queries by angle (spherical k-means), as the paper does, or by Euclidean distance.
@@ -54,10 +56,10 @@ class AdaCluster:
         seed: Chooses the tokens that k-means starts from.
     """
 
-    query_clusters: int = 96
-    key_clusters: int = 192
-    max_key_clusters: int = 1024
-    outlier_factor: float = 1.5
+    query_clusters: int | None = None
+    key_clusters: int | None = None
+    max_key_clusters: int | None = None
+    outlier_factor: float = 2.0
     angular: bool = True
     score: Score = "centroid"
     budget: Budget = field(default_factory=Tokens)
@@ -69,9 +71,10 @@ class AdaCluster:
 
     def __post_init__(self) -> None:
         for name in ("query_clusters", "key_clusters", "first_iterations", "iterations", "recluster_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"AdaCluster.{name} must be at least 1, got {getattr(self, name)}")
-        if self.max_key_clusters < self.key_clusters:
+            number = getattr(self, name)
+            if number is not None and number < 1:
+                raise ValueError(f"AdaCluster.{name} must be at least 1, got {number}")
+        if self.max_key_clusters is not None and self.max_key_clusters < (self.key_clusters or 1):
             raise ValueError(
                 f"AdaCluster.max_key_clusters ({self.max_key_clusters}) must not be below key_clusters "
                 f"({self.key_clusters})"
@@ -91,6 +94,7 @@ class AdaCluster:
             query_clusters=65,
             key_clusters=200,
             max_key_clusters=600,
+            outlier_factor=1.5,
             score="quest",
             budget=TopK(0.25),
             compensate=False,
@@ -110,11 +114,11 @@ class AdaCluster:
         Returns:
             A plan; a dense one, with its reason, if the keys do not cluster.
         """
-        layout = layout or Layout.video_only(query.shape[2])
+        layout = layout or Layout.video_only(query.shape[-2])
         check_attention_inputs(query, key, layout)
-        previous = usable(previous, query, layout)
-        if previous is not None and previous.is_dense:
+        if previous is not None and previous.is_dense and previous.layout.same_shape(layout):
             return Plan.dense(layout, previous.dense_reason or "")
+        previous = usable(previous, query, layout)
         video_query, video_key = video_parts(query, key, layout)
         age = 0
         if previous is None:
@@ -124,7 +128,7 @@ class AdaCluster:
             keys = found
             queries = cluster_tokens(
                 video_query,
-                self.query_clusters,
+                self.query_clusters or round(1.5 * video_query.shape[2] ** 0.5),
                 layout,
                 iterations=self.first_iterations,
                 metric=self._metric,
@@ -155,7 +159,8 @@ class AdaCluster:
         """
         valid = layout.video_valid()
         tokens = key.shape[2]
-        start = min(self.key_clusters, tokens)
+        start = min(self.key_clusters or round(3 * tokens**0.5), tokens)
+        most_allowed = self.max_key_clusters or 4 * start
         stage = kmeans(
             key, spread_tokens(key, start, self.seed, valid), iterations=self.first_iterations, include=valid
         )
@@ -168,9 +173,9 @@ class AdaCluster:
         outlier = far > limit
         stages = 0
         while (most := int(outlier.sum(-1).max())) > 0:
-            room = self.max_key_clusters - centroids.shape[2]
+            room = most_allowed - centroids.shape[2]
             if room < 1:
-                return f"method: keys need more than {self.max_key_clusters} clusters"
+                return f"method: keys need more than {most_allowed} clusters"
             stages += 1
             wanted = max(_MIN_STAGE, math.ceil(2 * most * start / tokens))
             seeds = spread_tokens(key, min(wanted, room), self.seed + stages, outlier)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from adamac.attention.layout import Layout, check_attention_inputs
 from adamac.attention.plan import Plan
-from adamac.ops.cluster_attention import Impl, cluster_attention
+from adamac.ops.cluster_attention import Impl, cluster_attention, resolve
 from adamac.ops.precision import accurate
 
 
@@ -71,6 +71,7 @@ def attend(
         ValueError: If the tensors do not fit each other or the plan.
     """
     check_attention_inputs(query, key, plan.layout, value)
+    resolve(impl)  # a dense plan has no use for it, but a wrong name is refused all the same
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if plan.is_dense:
         output = dense_attention(query, key, value, plan.layout, scale=scale)

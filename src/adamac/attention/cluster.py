@@ -111,11 +111,14 @@ def video_parts(query: Tensor, key: Tensor, layout: Layout) -> tuple[Tensor, Ten
 
 
 def usable(previous: Plan | None, query: Tensor, layout: Layout) -> Plan | None:
-    """Return the former plan if it was made for these shapes, else nothing: the method then starts afresh."""
-    if previous is None or not previous.layout.same_shape(layout):
+    """Return the former plan if it has clusters of tensors of this shape, else nothing: the method then starts afresh."""
+    if previous is None or previous.queries is None or not previous.layout.same_shape(layout):
         return None
-    if previous.queries is not None and (
-        previous.queries.labels.shape[:2] != query.shape[:2] or previous.queries.labels.device != query.device
+    means = previous.queries.means
+    if (
+        means.shape[:2] != query.shape[:2]
+        or means.shape[-1] != query.shape[-1]
+        or means.device != query.device
     ):
         return None
     return previous

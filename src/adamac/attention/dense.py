@@ -18,6 +18,6 @@ class Dense:
         self, query: Tensor, key: Tensor, *, layout: Layout | None = None, previous: Plan | None = None
     ) -> Plan:
         """Return the dense plan; see :meth:`adamac.attention.AdaCluster.__call__` for the arguments."""
-        layout = layout or Layout.video_only(query.shape[2])
+        layout = layout or Layout.video_only(query.shape[-2])
         check_attention_inputs(query, key, layout)
         return Plan.dense(layout, "method: dense")

@@ -38,8 +38,11 @@ class Layout:
                 f"video tokens {self.video_start}..{self.video_stop} must be a non-empty part of a sequence of "
                 f"{self.tokens} tokens"
             )
-        if self.valid is not None and self.valid.shape[-1] != self.tokens:
-            raise ValueError(f"valid covers {self.valid.shape[-1]} tokens, the sequence has {self.tokens}")
+        if self.valid is not None and (self.valid.ndim != 2 or self.valid.shape[1] != self.tokens):
+            raise ValueError(
+                f"valid must be [batch, tokens] for the {self.tokens} tokens of the sequence, got shape "
+                f"{tuple(self.valid.shape)}"
+            )
         if self.grid is not None and self.grid[0] * self.grid[1] * self.grid[2] != self.video_tokens:
             raise ValueError(f"grid {self.grid} does not hold {self.video_tokens} video tokens")
 

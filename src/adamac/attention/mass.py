@@ -42,4 +42,7 @@ def softmax_mass(query: Tensor, key: Tensor, queries: Clusters, keys: Clusters) 
 def mass_score(query: Tensor, key: Tensor, queries: Clusters, keys: Clusters) -> Tensor:
     """The true mass in the form of a score: log weight per token, ``-inf`` for empty clusters."""
     mass = softmax_mass(query, key, queries, keys)
-    return (mass / keys.counts.clamp_min(1).unsqueeze(-2)).log()
+    sizes = keys.counts.unsqueeze(-2)
+    # Mass that rounds to zero is not that of an empty cluster, which no budget may spend anything on.
+    weight = (mass / sizes.clamp_min(1)).clamp_min(torch.finfo(mass.dtype).tiny)
+    return weight.log().masked_fill(sizes == 0, -torch.inf)

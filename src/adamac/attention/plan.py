@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from adamac.attention.layout import Layout
+from adamac.ops.segment import segment_counts
 
 
 @dataclass(frozen=True)
@@ -141,8 +142,7 @@ class Plan:
                 )
             if labels.min() < -1 or labels.max() >= size:
                 raise ValueError(f"{name} labels must lie in -1..{size - 1}")
-            members = torch.nn.functional.one_hot(labels + 1, size + 1).sum(2)[..., 1:]
-            if not torch.equal(members, clusters.counts):
+            if not torch.equal(segment_counts(labels, size), clusters.counts):
                 raise ValueError(f"{name} counts differ from the labels")
             valid = self.layout.video_valid()
             if valid is not None and not torch.equal((labels >= 0), valid.expand_as(labels)):

@@ -49,8 +49,11 @@ class Schedule:
         """
         if step < self._steps(self.first, num_steps):
             return "schedule: first steps"
-        if self.last and step >= (num_steps or 0) - self._steps(self.last, num_steps):
-            return "schedule: last steps"
+        if self.last:
+            if num_steps is None:
+                raise ValueError(f"a schedule with dense last steps ({self.last}) needs num_steps")
+            if step >= num_steps - self._steps(self.last, num_steps):
+                return "schedule: last steps"
         if layer in self.layers or layer - num_layers in self.layers:
             return "schedule: layer"
         return None

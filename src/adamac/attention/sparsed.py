@@ -44,7 +44,7 @@ class SparseD:
 
         The first call costs as much as dense attention, a later one nothing.
         """
-        layout = layout or Layout.video_only(query.shape[2])
+        layout = layout or Layout.video_only(query.shape[-2])
         check_attention_inputs(query, key, layout)
         previous = usable(previous, query, layout)
         if previous is not None:

@@ -43,7 +43,7 @@ class SVG2:
         self, query: Tensor, key: Tensor, *, layout: Layout | None = None, previous: Plan | None = None
     ) -> Plan:
         """Plan one attention call; see :meth:`adamac.attention.AdaCluster.__call__`."""
-        layout = layout or Layout.video_only(query.shape[2])
+        layout = layout or Layout.video_only(query.shape[-2])
         check_attention_inputs(query, key, layout)
         previous = usable(previous, query, layout)
         video_query, video_key = video_parts(query, key, layout)
