@@ -24,7 +24,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from adamac.attention.cluster import as_clusters, cluster_tokens, refine, regroup, usable, video_parts
+from adamac.attention.cluster import (
+    as_clusters,
+    check_counts,
+    cluster_tokens,
+    refine,
+    regroup,
+    usable,
+    video_parts,
+)
 from adamac.attention.layout import Layout, check_attention_inputs
 from adamac.attention.plan import Clusters, Plan
 from adamac.attention.select import Budget, Score, Tokens, TopK, check_score, score_clusters
@@ -70,10 +78,9 @@ class AdaCluster:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("query_clusters", "key_clusters", "first_iterations", "iterations", "recluster_every"):
-            number = getattr(self, name)
-            if number is not None and number < 1:
-                raise ValueError(f"AdaCluster.{name} must be at least 1, got {number}")
+        check_counts(
+            self, "query_clusters", "key_clusters", "first_iterations", "iterations", "recluster_every"
+        )
         if self.max_key_clusters is not None and self.max_key_clusters < (self.key_clusters or 1):
             raise ValueError(
                 f"AdaCluster.max_key_clusters ({self.max_key_clusters}) must not be below key_clusters "

@@ -82,7 +82,7 @@ def attend(
             f"plan is for batch and heads {tuple(reads.shape[:2])} but query has {tuple(query.shape[:2])}; "
             "make the plan from the same tensors"
         )
-    q_labels, k_labels, reads = _with_text(plan)
+    q_labels, k_labels, reads = with_text(plan)
     output, lse = cluster_attention(
         query, key, value, q_labels, k_labels, reads, compensate=plan.compensate, scale=scale, impl=impl
     )
@@ -113,7 +113,7 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout, *
     return output
 
 
-def _with_text(plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+def with_text(plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
     """Make text one more cluster on either side: all rows read all of it, and its rows read everything."""
     layout = plan.layout
     queries, keys, reads = plan.parts()

@@ -110,6 +110,14 @@ def video_parts(query: Tensor, key: Tensor, layout: Layout) -> tuple[Tensor, Ten
     return accurate(layout.video(query)), accurate(layout.video(key))
 
 
+def check_counts(method: object, *names: str) -> None:
+    """Refuse a method of which one of the named settings is below 1; ``None`` leaves it to the method."""
+    for name in names:
+        number = getattr(method, name)
+        if number is not None and number < 1:
+            raise ValueError(f"{type(method).__name__}.{name} must be at least 1, got {number}")
+
+
 def usable(previous: Plan | None, query: Tensor, layout: Layout) -> Plan | None:
     """Return the former plan if it has clusters of tensors of this shape, else nothing: the method then starts afresh."""
     if previous is None or previous.queries is None or not previous.layout.same_shape(layout):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from adamac.attention.cluster import cluster_tokens, refine, usable, video_parts
+from adamac.attention.cluster import check_counts, cluster_tokens, refine, usable, video_parts
 from adamac.attention.layout import Layout, check_attention_inputs
 from adamac.attention.plan import Plan
 from adamac.attention.select import Budget, TopP, score_clusters
@@ -38,6 +38,9 @@ class SVG2:
     first_iterations: int = 50
     iterations: int = 2
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_counts(self, "query_clusters", "key_clusters", "first_iterations", "iterations")
 
     def __call__(
         self, query: Tensor, key: Tensor, *, layout: Layout | None = None, previous: Plan | None = None

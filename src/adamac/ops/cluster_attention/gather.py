@@ -8,6 +8,7 @@ enough to run at full speed. On a GPU it is correct but launches too many small 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -35,17 +36,19 @@ def gather(
     q_clusters, k_clusters = reads.shape[-2:]
     output = torch.zeros_like(query)
     lse = accurate(query).new_full(query.shape[:-1], -torch.inf)
-    pairs = torch.cat([key, value], dim=-1)
-    means = segment_mean(pairs, k_labels, k_clusters) if compensate else None
+    means = None
+    if compensate:
+        means = torch.cat([segment_mean(part, k_labels, k_clusters) for part in (key, value)], dim=-1)
     q_sizes, k_sizes = segment_counts(q_labels, q_clusters), segment_counts(k_labels, k_clusters)
     for sample in range(query.shape[0]):
         for head in range(query.shape[1]):
             at = (sample, head)
-            tokens = _by_cluster(k_labels[at])
-            table = _Table.of(pairs[at].index_select(0, tokens), k_sizes[at], None if means is None else means[at])
+            table = _Table.of(
+                key[at], value[at], k_labels[at], k_sizes[at], None if means is None else means[at]
+            )
             rows = _by_cluster(q_labels[at])
             in_order = query[at].index_select(0, rows)
-            out, log_sum = _one_head(in_order, q_sizes[at].tolist(), table, reads[at], scale)
+            out, log_sum = _one_head(in_order, q_sizes[at], table, reads[at], scale)
             output[at].index_copy_(0, rows, out)
             lse[at].index_copy_(0, rows, log_sum)
     return output, lse
@@ -57,21 +60,30 @@ def _by_cluster(labels: Tensor) -> Tensor:
     return order[int((labels < 0).sum()) :]
 
 
+@dataclass
+class _Picked:
+    """What one query cluster reads; the last ``len(log_size)`` rows stand for ``exp(log_size)`` tokens each."""
+
+    key: Tensor
+    value: Tensor
+    log_size: Tensor
+
+
 def _one_head(
-    query: Tensor, sizes: list[int], table: _Table, reads: Tensor, scale: float
+    query: Tensor, sizes: Tensor, table: _Table, reads: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Attend from queries that are sorted by cluster."""
     output, lse = torch.zeros_like(query), accurate(query).new_full(query.shape[:1], -torch.inf)
+    filled = sizes > 0
     stop = 0
-    for size, row_reads, index in zip(sizes, reads, table.selected(reads), strict=True):
+    for size, picked in zip(sizes[filled].tolist(), table.pick(reads[filled]), strict=True):
         start, stop = stop, stop + size
-        if size == 0 or len(index) == 0:
+        if not len(picked.key):
             continue
-        key, value, log_size = table.read(row_reads, index)
-        step = max(1, _SLICE_ELEMENTS // len(index))
+        step = max(1, _SLICE_ELEMENTS // len(picked.key))
         for first in range(start, stop, step):
-            part = slice(first, min(first + step, stop))
-            output[part], lse[part] = _attention(query[part], key, value, log_size, scale)
+            rows = slice(first, min(first + step, stop))
+            output[rows], lse[rows] = _attention(query[rows], picked, scale)
     return output, lse
 
 
@@ -82,59 +94,63 @@ class _Table:
     Attributes:
         rows: ``[k_tokens, 2 * head_dim]`` key and value of each token, cluster after cluster; if skipped tokens are
             compensated, ``[k_clusters, 2 * head_dim]`` means follow.
-        ends: ``[k_clusters]`` one past the last row of each cluster.
         sizes: ``[k_clusters]`` tokens of each cluster.
-        rank: ``[k_tokens]`` position of each token within its cluster.
         compensate: Whether the means are there.
     """
 
     rows: Tensor
-    ends: Tensor
     sizes: Tensor
-    rank: Tensor
     compensate: bool
 
     @classmethod
-    def of(cls, pairs: Tensor, sizes: Tensor, means: Tensor | None) -> _Table:
-        """Make the table of keys and values that are sorted by cluster."""
-        ends = sizes.cumsum(0)
-        rank = torch.arange(len(pairs), device=pairs.device) - (ends - sizes).repeat_interleave(sizes)
-        rows = pairs if means is None else torch.cat([pairs, means.to(pairs.dtype)])
-        return cls(rows, ends, sizes, rank, means is not None)
+    def of(cls, key: Tensor, value: Tensor, labels: Tensor, sizes: Tensor, means: Tensor | None) -> _Table:
+        """Make the table of one head's keys and values."""
+        order = _by_cluster(labels)
+        tokens, dim = len(order), key.shape[1]
+        rows = key.new_empty(tokens + (0 if means is None else len(means)), 2 * dim)
+        rows[:tokens, :dim], rows[:tokens, dim:] = key.index_select(0, order), value.index_select(0, order)
+        if means is not None:
+            rows[tokens:] = means
+        return cls(rows, sizes, means is not None)
 
-    def selected(self, reads: Tensor) -> tuple[Tensor, ...]:
-        """List, for each query cluster, the rows of what it reads, then the rows of the means that it reads."""
-        chosen = self.rank < reads.repeat_interleave(self.sizes, dim=1)
+    def pick(self, reads: Tensor) -> Iterator[_Picked]:
+        """Gather, for each query cluster, the tokens that it reads and the means of those that it skips."""
+        ends = self.sizes.cumsum(0)
+        tokens = torch.arange(int(ends[-1]), device=reads.device)
+        rank = tokens - (ends - self.sizes).repeat_interleave(self.sizes)
+        chosen = rank < reads.repeat_interleave(self.sizes, dim=1)
+        left = (self.sizes - reads) if self.compensate else torch.zeros_like(reads)
+        skipped = left > 0
         if self.compensate:
-            chosen = torch.cat([chosen, reads < self.sizes], dim=1)
-        return chosen.nonzero()[:, 1].split(chosen.sum(1).tolist())
+            chosen = torch.cat([chosen, skipped], dim=1)
+        indices = chosen.nonzero()[:, 1].split(chosen.sum(1).tolist())
+        log_sizes = left[skipped].double().log().split(skipped.sum(1).tolist())
+        spans = self._spans(reads, left, ends)
+        for cluster, (index, log_size) in enumerate(zip(indices, log_sizes, strict=True)):
+            rows = self.rows.index_select(0, index)
+            for place, start, stop in spans[cluster]:  # the mean of the rest is not the mean of all
+                rows[place] = accurate(self.rows[start:stop]).mean(0)
+            yield _Picked(*rows.chunk(2, dim=1), log_size)
 
-    def read(self, reads: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Pick keys and values; the last of them stand for several tokens each, of which the logarithm comes third."""
-        rows = self.rows.index_select(0, index)
-        log_size = None
-        if self.compensate:
-            left = self.sizes - reads
-            skipped = left.nonzero().squeeze(1)
-            log_size = accurate(left[skipped].to(rows.dtype)).log()
-            means = rows[len(rows) - len(skipped) :]
-            partly = reads[skipped].nonzero().squeeze(1)  # the mean of the rest is not the mean of all
-            for place in partly.tolist():
-                end, rest = int(self.ends[skipped[place]]), int(left[skipped[place]])
-                means[place] = accurate(self.rows[end - rest : end]).mean(0)
-        key, value = rows.chunk(2, dim=1)
-        return key, value, log_size
+    @staticmethod
+    def _spans(reads: Tensor, left: Tensor, ends: Tensor) -> list[list[tuple[int, int, int]]]:
+        """Find the clusters read in part: their place in the list of means, from its end, and the rows left over."""
+        skipped = left > 0
+        partly = skipped & (reads > 0)
+        cluster = partly.nonzero()[:, 0]
+        place = (skipped.cumsum(1) - skipped.sum(1, keepdim=True) - 1)[partly]
+        stop = ends.expand_as(left)[partly]
+        spans: list[list[tuple[int, int, int]]] = [[] for _ in reads]
+        for row, *span in torch.stack([cluster, place, stop - left[partly], stop], dim=1).tolist():
+            spans[row].append(tuple(span))
+        return spans
 
 
-def _attention(
-    query: Tensor, key: Tensor, value: Tensor, log_size: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Attend from ``[rows, dim]`` to ``[keys, dim]``; the last keys stand for ``exp(log_size)`` tokens each."""
-    logits = accurate(query @ key.T).mul_(scale)
-    if log_size is not None:
-        logits[:, len(key) - len(log_size) :] += log_size
-    peak = logits.amax(1, keepdim=True)
-    weights = logits.sub_(peak).exp_()  # in place: the logits are the largest tensor here
-    total = weights.sum(1, keepdim=True)
-    output = (weights.to(value.dtype) @ value) / total
-    return output.to(query.dtype), (peak + total.log()).squeeze(1)
+def _attention(query: Tensor, picked: _Picked, scale: float) -> tuple[Tensor, Tensor]:
+    """Attend from ``[rows, head_dim]`` to what is picked."""
+    logits = accurate(query @ picked.key.T).mul_(scale)
+    logits[:, len(picked.key) - len(picked.log_size) :].add_(picked.log_size)
+    weights = logits.softmax(1)
+    # The heaviest weight is exp(its logit - lse), and softmax is faster than the steps it is made of.
+    lse = logits.amax(1) - weights.amax(1).log()
+    return weights.to(query.dtype) @ picked.value, lse

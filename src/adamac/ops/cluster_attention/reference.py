@@ -69,6 +69,7 @@ def _one_head(
             logits = torch.cat([logits, query[rows] @ mean_key.T * scale + size.log()], dim=1)
             values = torch.cat([value, mean_value])
         lse[rows] = logits.logsumexp(1)
-        weights = torch.exp(logits - lse[rows].clamp_min(torch.finfo(lse.dtype).min).unsqueeze(1))
+        # Not exp(logits - lse), which loses digits when logits are large. A row that reads nothing stays zero.
+        weights = logits.softmax(1).masked_fill(lse[rows].isneginf().unsqueeze(1), 0.0)
         output[rows] = weights @ values
     return output, lse

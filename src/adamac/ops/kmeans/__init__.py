@@ -22,9 +22,9 @@ from adamac.ops.segment import segment_counts, segment_sum
 
 Metric = Literal["euclidean", "cosine"]
 
-# Similarities held at once, in elements. 2^22 float32 values are 16 MiB: about a CPU's last-level cache, and
-# nothing beside a GPU's memory.
-_SLICE_ELEMENTS = 1 << 22
+# Similarities held at once, in elements. On a CPU they should stay in a core's own cache (2^18 float32 values are 1 MiB),
+# elsewhere slices should be few.
+_SLICE_ELEMENTS = {"cpu": 1 << 18, "other": 1 << 26}
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,8 @@ def nearest(points: Tensor, centroids: Tensor, metric: Metric = "euclidean") -> 
         centroids = torch.nn.functional.normalize(centroids, dim=-1)
     else:  # argmin |p - c|^2 = argmax p.c - |c|^2 / 2
         offset = centroids.square().sum(-1).mul_(-0.5).unsqueeze(-2)
-    step = max(1, _SLICE_ELEMENTS // (batch * heads * centroids.shape[2]))
+    at_once = _SLICE_ELEMENTS["cpu" if points.device.type == "cpu" else "other"]
+    step = max(1, at_once // (batch * heads * centroids.shape[2]))
     labels = torch.empty(batch, heads, tokens, dtype=torch.long, device=points.device)
     transposed = centroids.transpose(-1, -2)
     for start in range(0, tokens, step):
@@ -150,7 +151,8 @@ def spread_tokens(points: Tensor, clusters: int, seed: int, include: Tensor | No
     else:
         # The n-th token that takes part is where the running count first reaches n + 1.
         running = include.expand(batch, heads, tokens).long().cumsum(-1)
-        wanted = (share * running[..., -1:]).long() + 1
+        # Rounding may carry the last share up to 1, hence the clamp.
+        wanted = ((share * running[..., -1:]).long() + 1).clamp_max(running[..., -1:])
         index = torch.searchsorted(running, wanted).clamp_max(tokens - 1)
     return torch.gather(points, 2, index.unsqueeze(-1).expand(-1, -1, -1, dim))
 

@@ -1,0 +1,182 @@
+"""What a run was asked to do, and the directory that it fills."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from adamac.bakeoff.errors import BadInput
+from adamac.bakeoff.prompts import Prompt
+
+REFERENCE = "dense"
+"""The arm that every other is compared with: the pipeline as it is."""
+
+# The window of SSIM needs 11 pixels, and no video model makes sides below 16.
+_LEAST = {"steps": 1, "height": 16, "width": 16, "frames": 1, "fps": 1}
+
+
+class Case(NamedTuple):
+    """What every arm makes a video of."""
+
+    prompt: Prompt
+    seed: int
+
+
+@dataclass(frozen=True)
+class Config:
+    """What a run was asked to do.
+
+    Attributes:
+        model: Directory or hub id of a diffusers pipeline; ``None`` is the embedded one.
+        prompts: What to show.
+        arms: Names of the arms, the reference among them.
+        seeds: Each prompt is made once for each seed.
+        steps: Denoising steps; ``None``, here and below, is the model's own default.
+        height: Pixels.
+        width: Pixels.
+        frames: Frames of a video.
+        guidance: Scale of classifier-free guidance.
+        fps: Frames a second of the video files.
+        keep: Share of video tokens that every sparse arm reads, in place of its own budget.
+        device: Torch's name of a device.
+        dtype: ``"auto"`` (float32 on a CPU, bfloat16 elsewhere) or torch's name of one.
+    """
+
+    model: str | None
+    prompts: tuple[Prompt, ...]
+    arms: tuple[str, ...]
+    seeds: tuple[int, ...] = (0,)
+    steps: int | None = None
+    height: int | None = None
+    width: int | None = None
+    frames: int | None = None
+    guidance: float | None = None
+    fps: int | None = None
+    keep: float | None = None
+    device: str = "cpu"
+    dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name, least in _LEAST.items():
+            number = getattr(self, name)
+            if number is not None and number < least:
+                raise BadInput(f"{name} must be at least {least}, got {number}")
+        if not self.seeds:
+            raise BadInput("seeds: at least one is needed")
+        if len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+            raise BadInput(f"seeds must differ and be 0 or more, got {' '.join(map(str, self.seeds))}")
+
+    def cases(self) -> list[Case]:
+        """Every prompt with every seed."""
+        return [Case(prompt, seed) for seed in self.seeds for prompt in self.prompts]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return json.loads(json.dumps(asdict(self)))
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The files of a run."""
+
+    path: Path
+
+    @property
+    def run(self) -> Path:
+        """What was asked, and of which machine."""
+        return self.path / "run.json"
+
+    @property
+    def rows(self) -> Path:
+        """One line a video."""
+        return self.path / "rows.jsonl"
+
+    @property
+    def summary(self) -> Path:
+        """Figures for each arm."""
+        return self.path / "summary.json"
+
+    @property
+    def report(self) -> Path:
+        """The page to look at."""
+        return self.path / "report" / "index.html"
+
+    @property
+    def frames(self) -> Path:
+        """Float frames of the case in progress; gone when it is finished."""
+        return self.path / "frames"
+
+    def name(self, case: Case, arm: str) -> str:
+        """Stem of the files of one video."""
+        return f"{case.prompt.slug}-s{case.seed}-{arm}"
+
+    def read_run(self) -> dict[str, Any]:
+        """Read what was asked.
+
+        Raises:
+            BadInput: If there is no run here.
+        """
+        try:
+            return json.loads(self.run.read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError):
+            raise BadInput(f"{self.path} holds no run of adamac bakeoff (no readable run.json)") from None
+
+    def check(self, identity: dict[str, Any], resume: bool) -> None:
+        """Make sure that the directory can take this run, and change nothing in it.
+
+        Args:
+            identity: What makes a run this run and not another; see :func:`adamac.bakeoff.run.identity`.
+            resume: Whether to go on with a run that is here already.
+
+        Raises:
+            BadInput: If it cannot be written, holds another run or other files, or holds this one and ``resume`` is off.
+        """
+        nearest = next(parent for parent in (self.path, *self.path.absolute().parents) if parent.exists())
+        try:
+            tempfile.TemporaryDirectory(dir=nearest).cleanup()
+        except OSError as error:
+            raise BadInput(f"out: {self.path} cannot be written ({nearest}: {error.strerror})") from None
+        if not self.path.exists() or not any(self.path.iterdir()):
+            return
+        if not self.run.exists():
+            raise BadInput(f"out: {self.path} is not empty and holds no run; choose another directory")
+        if other := _differences(self.read_run(), identity):
+            raise BadInput(f"out: {self.path} holds another run ({other}); choose another directory")
+        if not resume:
+            raise BadInput(
+                f"out: {self.path} holds this run already; go on with --resume or choose another directory"
+            )
+
+    def create(self) -> None:
+        """Make the directory.
+
+        Raises:
+            BadInput: If it cannot be made.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BadInput(f"out: {self.path} cannot be made ({error.strerror})") from None
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """Name the settings that differ, each in a few words."""
+    pairs = {name: (old.get(name), value) for name, value in new.items() if old.get(name) != value}
+    if "config" in pairs:
+        before, now = pairs.pop("config")
+        before = before or {}
+        pairs |= {name: (before.get(name), value) for name, value in now.items() if before.get(name) != value}
+    return "; ".join(
+        f"{name}: {_short(there)} there, {_short(here)} here" for name, (there, here) in pairs.items()
+    )
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return "other settings"
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return f"{len(value)} prompts"
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)

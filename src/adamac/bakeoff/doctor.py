@@ -1,0 +1,105 @@
+"""What in a model will be sparse, what will not, and why."""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.table import Table
+
+from adamac.attention import Schedule
+from adamac.bakeoff.config import Config
+from adamac.bakeoff.errors import BadInput
+from adamac.bakeoff.pipelines import Pipeline, call_arguments, load_pipeline
+
+if TYPE_CHECKING:
+    from adamac.integrations.diffusers import Finding
+
+
+@dataclass(frozen=True)
+class Examination:
+    """What was found in a model.
+
+    Attributes:
+        pipeline: Name of its class.
+        findings: One for each attention module.
+        size: Frames, height and width of the video in question; ``None`` where the model has no default.
+        tokens: Video tokens that such a video has; ``None`` if the size is not known.
+        schedule: Which steps would stay dense.
+    """
+
+    pipeline: str
+    findings: list[Finding]
+    size: tuple[int | None, int | None, int | None]
+    tokens: int | None
+    schedule: Schedule
+
+    def table(self) -> Table:
+        """A line for each kind of attention."""
+        table = Table(title=self.pipeline)
+        for heading in ("modules", "attention", "why"):
+            table.add_column(heading, justify="right" if heading == "modules" else "left")
+        for (sparse, reason), count in Counter((item.sparse, item.reason) for item in self.findings).items():
+            table.add_row(str(count), "sparse" if sparse else "dense", reason)
+        return table
+
+    def remark(self) -> str:
+        """What the size of the video and the schedule keep dense."""
+        first = (
+            f"{self.schedule.first:.0%}"
+            if isinstance(self.schedule.first, float)
+            else str(self.schedule.first)
+        )
+        steps = f"The first {first} of the steps stay dense by default."
+        if self.tokens is None:
+            return f"{steps} Give --height, --width and --frames to learn how many tokens a video has."
+        frames, height, width = self.size
+        enough = "enough" if self.tokens >= self.schedule.min_tokens else "too few, so all of it stays dense"
+        size = f"A video of {frames} frames of {height} x {width} pixels has {self.tokens:,} tokens"
+        return f"{size}: {enough} (the least is {self.schedule.min_tokens:,}). {steps}"
+
+
+def examine(config: Config) -> Examination:
+    """Load a pipeline and look at its attention.
+
+    Args:
+        config: Its model, device and size; the rest plays no part.
+
+    Raises:
+        BadInput: If the model cannot be loaded or is of a family that cannot be made sparse.
+    """
+    from adamac.integrations.diffusers import UnsupportedModelError
+    from adamac.integrations.diffusers import inspect as find
+
+    pipe = load_pipeline(config.model, config.device, config.dtype)
+    try:
+        findings = find(pipe)
+    except UnsupportedModelError as error:
+        raise BadInput(f"model: {error}") from None
+    size = _size(pipe, call_arguments(pipe, config))
+    return Examination(type(pipe).__name__, findings, size, _tokens(pipe, *size), Schedule())
+
+
+def _size(pipe: Pipeline, arguments: dict[str, Any]) -> tuple[int | None, int | None, int | None]:
+    """Frames, height and width that a call would have."""
+    defaults = inspect.signature(pipe.__call__).parameters
+    sides = [arguments.get(name, defaults[name].default) for name in ("num_frames", "height", "width")]
+    frames, height, width = (side if isinstance(side, int) else None for side in sides)
+    return frames, height, width
+
+
+def _tokens(pipe: Pipeline, frames: int | None, height: int | None, width: int | None) -> int | None:
+    """Video tokens of a video, by the model's own arithmetic on latents that take no memory."""
+    from adamac.integrations.diffusers.families import family_of
+
+    if frames is None or height is None or width is None:
+        return None
+    family = family_of(pipe.transformer)
+    latent_frames = (frames - 1) // pipe.vae_scale_factor_temporal + 1
+    sides = (height // pipe.vae_scale_factor_spatial, width // pipe.vae_scale_factor_spatial)
+    shape = (1, latent_frames, 1, *sides) if family.frames_first else (1, 1, latent_frames, *sides)
+    grid = family.grid(pipe.transformer, torch.empty(shape, device="meta"))
+    return None if grid is None else grid[0] * grid[1] * grid[2]

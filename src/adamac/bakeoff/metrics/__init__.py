@@ -1,0 +1,1 @@
+"""What a video and a plan are judged by, without any downloaded weights."""

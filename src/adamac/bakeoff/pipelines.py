@@ -1,0 +1,126 @@
+"""Which pipeline a run uses, and what it is called with."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adamac.bakeoff.config import Config
+from adamac.bakeoff.errors import BadInput
+
+Pipeline = Any
+"""A diffusers pipeline; what is asked of it here is what all of them have, not what their base class declares."""
+
+_DEFAULT_FPS = 16
+_SETTINGS = {
+    "steps": "num_inference_steps",
+    "height": "height",
+    "width": "width",
+    "frames": "num_frames",
+    "guidance": "guidance_scale",
+}
+
+
+def load_pipeline(model: str | None, device: str, dtype: str = "auto") -> Pipeline:
+    """Load a diffusers pipeline and put it on a device.
+
+    Args:
+        model: Directory or hub id; ``None`` is the embedded pipeline.
+        device: Torch's name of a device.
+        dtype: ``"auto"`` or torch's name of a floating dtype.
+
+    Raises:
+        BadInput: If the device is not there, or the model is not a pipeline that can be loaded.
+    """
+    target = _device(device)
+    weights = _dtype(dtype, target)
+    with warnings.catch_warnings():
+        # torch_dtype, which all supported versions of diffusers know, is called dtype in the newest.
+        warnings.filterwarnings("ignore", message=".*torch_dtype", category=FutureWarning)
+        pipe = _embedded(target, weights) if model is None else _from_pretrained(model, weights).to(target)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def call_arguments(pipe: Pipeline, config: Config) -> dict[str, Any]:
+    """Arguments of the pipeline call that are the same for every video.
+
+    Raises:
+        BadInput: If the pipeline has no such setting.
+    """
+    arguments: dict[str, Any] = {}
+    if config.model is None:
+        from adamac import embedded
+
+        arguments |= embedded.GENERATION
+    accepted = inspect.signature(pipe.__call__).parameters
+    for name, argument in _SETTINGS.items():
+        value = getattr(config, name)
+        if value is None:
+            continue
+        if argument not in accepted:
+            raise BadInput(f"{name}: {type(pipe).__name__} has no {argument}")
+        arguments[argument] = value
+    return arguments
+
+
+def frames_per_second(config: Config) -> int:
+    """Frames a second of the video files."""
+    if config.fps is not None:
+        return config.fps
+    if config.model is None:
+        from adamac import embedded
+
+        return embedded.FPS
+    return _DEFAULT_FPS
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise BadInput(f"device: torch knows no device {name!r}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise BadInput(f"device: {name} was asked for, but torch sees no GPU here")
+    return device
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise BadInput(f"dtype must be auto, float32, bfloat16 or float16, got {name!r}")
+    return dtype
+
+
+def _embedded(device: torch.device, dtype: torch.dtype) -> Pipeline:
+    from adamac import embedded
+
+    if not (embedded.path() / "model_index.json").exists():
+        raise BadInput("the embedded pipeline's weights are not installed; give --model DIR_OR_HUB_ID")
+    return embedded.load(device, dtype)
+
+
+def _from_pretrained(model: str, dtype: torch.dtype) -> Pipeline:
+    from diffusers import DiffusionPipeline
+
+    directory = Path(model)
+    if directory.exists() and not (directory / "model_index.json").is_file():
+        raise BadInput(f"model: {model} is not a diffusers pipeline (it has no model_index.json)")
+    if not directory.exists() and (model.startswith((".", "/", "~")) or model.count("/") != 1):
+        raise BadInput(f"model: {model} is neither a directory nor a hub id (owner/name)")
+    try:
+        return DiffusionPipeline.from_pretrained(model, torch_dtype=dtype)
+    except Exception as error:  # whatever a broken or missing model makes the loaders raise
+        raise BadInput(f"model: {model} cannot be loaded ({one_line(error)})") from None
+
+
+def one_line(error: BaseException) -> str:
+    """An exception in one line: its type and the first line of its message."""
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__

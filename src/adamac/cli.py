@@ -1,0 +1,240 @@
+"""The command line: a dataclass and a function for each command.
+
+Nothing heavy is imported before it is needed, so that ``adamac --help`` answers at once. What the user can mend is one line on
+standard error and exit code 2; a run that was broken off exits with 130, one in which videos failed with 1.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+from tyro.conf import Positional, subcommand
+
+import adamac
+from adamac.bakeoff.errors import BadInput
+
+
+@dataclass(frozen=True)
+class Bakeoff:
+    """Make the same videos with several kinds of attention, and report what was gained and what it cost.
+
+    Without options: the embedded pipeline, one prompt of each of four categories, the arms dense, adacluster and svg2.
+
+    Attributes:
+        model: Directory or hub id of a diffusers pipeline; the embedded one if not given.
+        prompts: File of prompts (JSON lines with "prompt", "category" and "id", or plain lines), or "all" for every
+            prompt that ships with adamac.
+        arms: Which kinds of attention. dense, dense-math, dense-efficient, dense-flash, dense-cudnn, adacluster,
+            adacluster-paper, svg2, sparsed, block-topk, tiles, oracle. dense is always run, since all are compared with
+            it.
+        steps: Denoising steps; the model's default if not given, as for the following ones.
+        height: Pixels.
+        width: Pixels.
+        frames: Frames of a video.
+        guidance: Scale of classifier-free guidance.
+        fps: Frames a second of the video files.
+        seeds: Every prompt is made once for each seed.
+        keep: Share of the video tokens that every sparse arm reads, over 0 up to 1, in place of its own budget.
+        device: "auto", "cpu", "cuda" or "cuda:1".
+        dtype: "auto" (float32 on a CPU, bfloat16 elsewhere), "float32", "bfloat16" or "float16".
+        out: Directory for rows, videos, summary and report.
+        resume: Go on with the run that is in the directory.
+    """
+
+    model: str | None = None
+    prompts: str | None = None
+    arms: tuple[str, ...] = ("dense", "adacluster", "svg2")
+    steps: int | None = None
+    height: int | None = None
+    width: int | None = None
+    frames: int | None = None
+    guidance: float | None = None
+    fps: int | None = None
+    seeds: tuple[int, ...] = (0,)
+    keep: float | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    out: Path = Path("out/demo")
+    resume: bool = False
+
+
+@dataclass(frozen=True)
+class Report:
+    """Draw summary.json and report/index.html of a run again, from its rows.
+
+    Attributes:
+        directory: What was given to bakeoff as --out.
+    """
+
+    directory: Positional[Path]
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """Say what in a model will be sparse and what will not, and why.
+
+    Attributes:
+        model: Directory or hub id of a diffusers pipeline; the embedded one if not given.
+        height: Pixels; the model's default if not given, as for the following ones.
+        width: Pixels.
+        frames: Frames of a video.
+        device: Where to load it.
+    """
+
+    model: Positional[str | None] = None
+    height: int | None = None
+    width: int | None = None
+    frames: int | None = None
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Version:
+    """Print the version."""
+
+
+Command = (
+    Annotated[Bakeoff, subcommand("bakeoff")]
+    | Annotated[Report, subcommand("report")]
+    | Annotated[Doctor, subcommand("doctor")]
+    | Annotated[Version, subcommand("version")]
+)
+
+
+def bakeoff(options: Bakeoff, console: Console) -> int:
+    """Run a bake-off and draw its report."""
+    from adamac.bakeoff.config import REFERENCE, Config, RunDirectory
+    from adamac.bakeoff.progress import ConsoleProgress
+    from adamac.bakeoff.prompts import choose_prompts
+    from adamac.bakeoff.run import run_bakeoff
+
+    _quiet_loaders()
+    arms = options.arms if REFERENCE in options.arms else (REFERENCE, *options.arms)
+    config = Config(
+        model=options.model,
+        prompts=choose_prompts(options.prompts, options.model),
+        arms=arms,
+        seeds=options.seeds,
+        steps=options.steps,
+        height=options.height,
+        width=options.width,
+        frames=options.frames,
+        guidance=options.guidance,
+        fps=options.fps,
+        keep=options.keep,
+        device=_device(options.device),
+        dtype=options.dtype,
+    )
+    directory = RunDirectory(options.out)
+    try:
+        with ConsoleProgress(console) as progress:
+            rows = run_bakeoff(config, directory, progress, resume=options.resume)
+    except KeyboardInterrupt:
+        kept = f"finished videos are kept in {options.out}; go on with the same command and --resume"
+        _complain(f"broken off; {kept if directory.rows.exists() else 'nothing was finished yet'}")
+        return 130
+    _draw(directory, console)
+    return 0 if all(row.ok for row in rows) else 1
+
+
+def report(options: Report, console: Console) -> int:
+    """Draw a report again."""
+    from adamac.bakeoff.config import RunDirectory
+
+    _draw(RunDirectory(options.directory), console)
+    return 0
+
+
+def doctor(options: Doctor, console: Console) -> int:
+    """Say what will be sparse."""
+    from adamac.bakeoff.config import Config
+    from adamac.bakeoff.doctor import examine
+
+    _quiet_loaders()
+    size: dict[str, Any] = {"height": options.height, "width": options.width, "frames": options.frames}
+    config = Config(model=options.model, prompts=(), arms=(), device=_device(options.device), **size)
+    found = examine(config)
+    console.print(found.table())
+    console.print(found.remark(), highlight=False)
+    return 0
+
+
+def version(options: Version, console: Console) -> int:
+    """Print the version."""
+    console.print(adamac.__version__, highlight=False)
+    return 0
+
+
+_RUN: dict[type, Callable[[Any, Console], int]] = {
+    Bakeoff: bakeoff,
+    Report: report,
+    Doctor: doctor,
+    Version: version,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: Arguments without the program's name; ``None`` means those of the process.
+
+    Returns:
+        Exit code.
+    """
+    try:
+        options = tyro.cli(Command, prog="adamac", args=argv)
+        return _RUN[type(options)](options, Console())
+    except SystemExit as stop:  # tyro, after help or a usage error
+        return stop.code if isinstance(stop.code, int) else 2
+    except (BadInput, OSError) as error:  # OSError: a full disk, a directory that went away
+        _complain(str(error))
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def entry() -> None:
+    """Run as a program."""
+    sys.exit(main())
+
+
+def _complain(line: str) -> None:
+    Console(stderr=True).print(f"adamac: {line}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _device(name: str) -> str:
+    if name != "auto":
+        return name
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _quiet_loaders() -> None:
+    """Keep the libraries' own bars and advice off the terminal; they are for interactive loading."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
+        library.utils.logging.set_verbosity_error()
+
+
+def _draw(directory: Any, console: Console) -> None:
+    from adamac.bakeoff.report import draw
+    from adamac.bakeoff.report.table import arms_table
+
+    summary = draw(directory)
+    console.print(arms_table(summary))
+    console.print(f"report: {directory.report}", highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    entry()

@@ -1,0 +1,76 @@
+"""Claims about where the video sits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adamac.attention import Layout
+from adamac.attention.layout import check_attention_inputs
+
+
+@given(before=st.integers(0, 5), video=st.integers(1, 20), after=st.integers(0, 5), padded=st.booleans())
+def test_every_token_is_labelled_as_video_text_or_padding(before, video, after, padded):
+    tokens = before + video + after
+    valid = torch.rand(2, tokens) < 0.6 if padded else None
+    layout = Layout(tokens, before, before + video, valid=valid)
+    video_labels = torch.arange(video).expand(2, 3, video)
+    labels = layout.label(video_labels, text_label=99)
+    expected = torch.full((2, 3, tokens), 99)
+    expected[:, :, before : before + video] = video_labels
+    if valid is not None:
+        expected[~valid.unsqueeze(1).expand_as(expected)] = -1
+    assert torch.equal(labels, expected)
+    assert layout.video_tokens + layout.text_tokens == tokens
+    assert torch.equal(layout.video(labels.unsqueeze(-1)).squeeze(-1), labels[:, :, before : before + video])
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 0), (3, 3), (-1, 4), (4, 3), (0, 11)])
+def test_a_layout_without_video_inside_the_sequence_is_refused(start, stop):
+    with pytest.raises(ValueError, match=rf"video tokens {start}\.\.{stop} .* sequence of 10 tokens"):
+        Layout(10, start, stop)
+
+
+def test_a_layout_says_what_is_wrong_with_its_parts():
+    with pytest.raises(
+        ValueError, match=r"valid must be \[batch, tokens\] for the 10 tokens.*got shape \(1, 9\)"
+    ):
+        Layout(10, 0, 10, valid=torch.ones(1, 9, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"valid must be \[batch, tokens\].*got shape \(10,\)"):
+        Layout(10, 0, 10, valid=torch.ones(10, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"grid \(2, 2, 2\) does not hold 10 video tokens"):
+        Layout(10, 0, 10, grid=(2, 2, 2))
+
+
+GOOD = torch.zeros(2, 3, 10, 8)
+
+
+@pytest.mark.parametrize(
+    ("query", "key", "layout", "message"),
+    [
+        (GOOD[0], GOOD[0], None, r"query must be \[batch, heads, tokens, head_dim\], got shape \(3, 10, 8\)"),
+        (GOOD, GOOD[:, :1], None, r"key has shape \(2, 1, 10, 8\) but query has \(2, 3, 10, 8\)"),
+        (GOOD, GOOD[:, :, :9], None, r"key has shape \(2, 3, 9, 8\) but query has \(2, 3, 10, 8\)"),
+        (GOOD, GOOD.half(), None, r"key is torch.float16 on cpu but query is torch.float32 on cpu"),
+        (GOOD.int(), GOOD.int(), None, r"query must be floating point, got torch.int32"),
+        (GOOD[:, :, :0], GOOD[:, :, :0], None, "query has zero tokens"),
+        (GOOD, GOOD, Layout.video_only(9), "layout is for 9 tokens but query has 10"),
+        (
+            GOOD,
+            GOOD,
+            Layout(10, 0, 10, valid=torch.ones(3, 10, dtype=torch.bool)),
+            "layout.valid has batch 3 but query has batch 2",
+        ),
+        (
+            GOOD,
+            GOOD,
+            Layout(10, 0, 10, valid=torch.ones(2, 10)),
+            "layout.valid must be bool, got torch.float32",
+        ),
+    ],
+)
+def test_tensors_that_cannot_be_attended_are_refused_by_name(query, key, layout, message):
+    with pytest.raises(ValueError, match=message):
+        check_attention_inputs(query, key, layout or Layout.video_only(10))

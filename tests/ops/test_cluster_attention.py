@@ -1,0 +1,194 @@
+"""Claims about cluster attention, of every implementation, against float64 and the eager computation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from adamac.ops.cluster_attention import cluster_attention, resolve
+from adamac.ops.cluster_attention import gather as gather_module
+from adamac.testing import assert_within_error_budget, attention_like, eager_cluster_attention
+
+IMPLS = ("reference", "gather")
+
+SHAPES = [
+    # batch, heads, tokens, head_dim, q_clusters, k_clusters
+    pytest.param((1, 2, 63, 40, 3, 5), id="63-tokens-dim-40"),
+    pytest.param((2, 1, 100, 64, 7, 11), id="100-tokens-dim-64"),
+    pytest.param((1, 2, 1000, 80, 6, 9), id="1000-tokens-dim-80"),
+    pytest.param((2, 2, 130, 128, 5, 40), id="dim-128-more-clusters-than-some-have-tokens"),
+    pytest.param((1, 1, 1, 64, 1, 1), id="one-token"),
+    pytest.param((1, 1, 90, 64, 1, 1), id="one-cluster"),
+    pytest.param((1, 1, 90, 64, 1, 12), id="one-query-cluster"),
+    pytest.param((1, 1, 9, 8, 20, 30), id="mostly-empty-clusters"),
+]
+
+
+def case(
+    batch, heads, tokens, head_dim, q_clusters, k_clusters, *, dtype=torch.float32, device="cpu", padding=0.1
+):
+    """Draw inputs of the operation with padding on both sides, empty clusters and ragged reads."""
+    query, key, value = attention_like(batch, heads, tokens, head_dim, dtype=dtype, device=device)
+    generator = torch.Generator().manual_seed(tokens)
+
+    def labels(clusters):
+        drawn = torch.randint(max(1, clusters - 1), (batch, heads, tokens), generator=generator)
+        padded = torch.rand(batch, heads, tokens, generator=generator) < padding
+        return drawn.masked_fill(padded & (tokens > 1), -1).to(device)
+
+    q_labels, k_labels = labels(q_clusters), labels(k_clusters)
+    counts = torch.stack([(k_labels == cluster).sum(-1) for cluster in range(k_clusters)], dim=-1)
+    share = (
+        (torch.rand(batch, heads, q_clusters, k_clusters, generator=generator) * 3 - 1).clamp(0, 1).to(device)
+    )
+    return query, key, value, q_labels, k_labels, (share * counts.unsqueeze(-2)).round().long()
+
+
+def assert_right(inputs, impl, **options):
+    """Hold output and log-sum-exp of an implementation to the error budget."""
+    options = {"scale": inputs[0].shape[-1] ** -0.5} | options
+    wide = [tensor.double() for tensor in inputs[:3]]
+    output, lse = cluster_attention(*inputs, impl=impl, **options)
+    oracle, oracle_lse = eager_cluster_attention(*wide, *inputs[3:], **options)
+    eager, eager_lse = eager_cluster_attention(*inputs, **options)
+    assert output.dtype == inputs[0].dtype
+    assert lse.dtype == (torch.float64 if output.dtype == torch.float64 else torch.float32)
+    assert_within_error_budget(output, oracle, eager)
+    assert_within_error_budget(lse, oracle_lse, eager_lse)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("compensate", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_implementations_keep_the_error_budget_on_odd_shapes(shape, compensate, impl, device):
+    assert_right(case(*shape, device=device), impl, compensate=compensate)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("compensate", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("head_dim", [40, 128])
+def test_implementations_keep_the_error_budget_in_every_dtype(head_dim, dtype, compensate, impl, device):
+    assert_right(case(1, 2, 150, head_dim, 4, 9, dtype=dtype, device=device), impl, compensate=compensate)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_queries_and_keys_may_differ_in_number(impl, device):
+    query, key, value, q_labels, k_labels, reads = case(1, 2, 120, 64, 4, 9, device=device)
+    assert_right((query[:, :, :50], key, value, q_labels[:, :, :50], k_labels, reads), impl, compensate=True)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_tensors_need_not_be_contiguous(impl, device):
+    inputs = [
+        tensor.transpose(1, 2).contiguous().transpose(1, 2)
+        for tensor in case(2, 3, 70, 64, 4, 9, device=device)[:3]
+    ]
+    assert not inputs[0].is_contiguous()
+    assert_right((*inputs, *case(2, 3, 70, 64, 4, 9, device=device)[3:]), impl, compensate=True)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_another_scale_is_used(impl, device):
+    assert_right(case(1, 1, 80, 64, 4, 9, device=device), impl, compensate=True, scale=0.3)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_large_logits_do_not_overflow(impl, device):
+    query, key, *rest = case(1, 1, 80, 64, 4, 9, device=device)
+    assert_right((100 * query, key, *rest), impl, compensate=True)
+
+
+def test_large_query_clusters_are_cut_into_slices(device, monkeypatch):
+    monkeypatch.setattr(gather_module, "_SLICE_ELEMENTS", 500)
+    assert_right(case(1, 2, 200, 64, 2, 9, device=device), "gather", compensate=True)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("compensate", [True, False])
+def test_padding_reads_nothing_and_is_read_by_nothing(compensate, impl, device):
+    query, key, value, q_labels, k_labels, reads = case(1, 2, 100, 64, 4, 9, device=device, padding=0.3)
+    options = {"compensate": compensate, "scale": 0.125, "impl": impl}
+    output, lse = cluster_attention(query, key, value, q_labels, k_labels, reads, **options)
+    assert (output[q_labels < 0] == 0).all()
+    assert torch.isneginf(lse[q_labels < 0]).all()
+    key[k_labels < 0], value[k_labels < 0], query[q_labels < 0] = 1e4, -1e4, 1e4
+    again = cluster_attention(query, key, value, q_labels, k_labels, reads, **options)
+    assert torch.equal(again[0], output)
+    assert torch.equal(again[1], lse)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_row_that_reads_nothing_is_zero(impl, device):
+    query, key, value, q_labels, k_labels, reads = case(1, 1, 60, 64, 3, 5, device=device)
+    reads[:, :, 0] = 0
+    output, lse = cluster_attention(
+        query, key, value, q_labels, k_labels, reads, compensate=False, scale=0.1, impl=impl
+    )
+    assert (output[q_labels == 0] == 0).all()
+    assert torch.isneginf(lse[q_labels == 0]).all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_reading_everything_is_dense_attention(impl, device):
+    query, key, value, q_labels, k_labels, _ = case(1, 2, 100, 64, 4, 9, device=device, padding=0)
+    counts = torch.stack([(k_labels == cluster).sum(-1) for cluster in range(9)], dim=-1)
+    reads = counts.unsqueeze(-2).expand(1, 2, 4, 9)
+    dense = torch.nn.functional.scaled_dot_product_attention
+    for compensate in (True, False):
+        output, _ = cluster_attention(
+            query, key, value, q_labels, k_labels, reads, compensate=compensate, scale=0.125, impl=impl
+        )
+        oracle = dense(query.double(), key.double(), value.double())
+        assert_within_error_budget(output, oracle, dense(query, key, value))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_halves_merged_by_their_log_sum_exp_are_the_whole(impl, device):
+    query, key, value, q_labels, k_labels, _ = case(1, 2, 100, 64, 4, 9, device=device, padding=0)
+    first = torch.arange(100, device=device) < 37
+    halves = []
+    for labels in (k_labels.masked_fill(~first, -1), k_labels.masked_fill(first, -1)):
+        counts = torch.stack([(labels == cluster).sum(-1) for cluster in range(9)], dim=-1)
+        reads = counts.unsqueeze(-2).expand(1, 2, 4, 9)
+        halves.append(
+            cluster_attention(
+                query, key, value, q_labels, labels, reads, compensate=False, scale=0.125, impl=impl
+            )
+        )
+    outputs, sums = (torch.stack(parts) for parts in zip(*halves, strict=True))
+    merged = (sums.softmax(0).unsqueeze(-1) * outputs).sum(0)
+    dense = torch.nn.functional.scaled_dot_product_attention
+    oracle = dense(query.double(), key.double(), value.double())
+    assert_within_error_budget(merged, oracle, dense(query, key, value))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_skipped_clusters_of_identical_members_are_compensated_exactly(impl, device):
+    query, key, value = attention_like(1, 2, 120, 64, noise=0.0, device=device)
+    labels = torch.stack([torch.unique(head, dim=0, return_inverse=True)[1] for head in key[0]]).unsqueeze(0)
+    q_labels = torch.randint(3, (1, 2, 120), device=device)
+    reads = torch.zeros(1, 2, 3, int(labels.max()) + 1, dtype=torch.long, device=device)
+    output, _ = cluster_attention(
+        query, key, value, q_labels, labels, reads, compensate=True, scale=0.125, impl=impl
+    )
+    dense = torch.nn.functional.scaled_dot_product_attention
+    oracle = dense(query.double(), key.double(), value.double())
+    assert_within_error_budget(output, oracle, dense(query, key, value))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_the_same_call_gives_the_same_bits(impl, device):
+    inputs = case(1, 2, 300, 64, 5, 9, device=device)
+    first, second = (cluster_attention(*inputs, compensate=True, scale=0.125, impl=impl) for _ in range(2))
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
+
+
+def test_an_unknown_implementation_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"impl must be one of auto, reference, gather; got 'grater'"):
+        resolve("grater")
+
+
+def test_auto_stands_for_an_implementation():
+    assert resolve("auto") in IMPLS

@@ -1,0 +1,127 @@
+"""Claims about k-means."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adamac.ops import kmeans as kmeans_module
+from adamac.ops.kmeans import distances, inertia, kmeans, nearest, spread_tokens
+from adamac.testing import attention_like
+
+
+@pytest.fixture
+def points(device) -> torch.Tensor:
+    return attention_like(2, 3, 300, 16, device=device)[1]
+
+
+def test_every_point_gets_its_nearest_centroid(points):
+    centroids = spread_tokens(points, 20, seed=0)
+    far = torch.cdist(points.double(), centroids.double())
+    chosen = far.gather(-1, nearest(points, centroids).unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(chosen, far.amin(-1))
+
+
+def test_the_largest_cosine_wins_under_the_cosine_metric(points):
+    centroids = spread_tokens(points, 20, seed=0)
+    cosine = torch.nn.functional.cosine_similarity(
+        points.unsqueeze(3).double(), centroids.unsqueeze(2).double(), dim=-1
+    )
+    chosen = cosine.gather(-1, nearest(points, centroids, "cosine").unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(chosen, cosine.amax(-1), atol=1e-6, rtol=0)
+
+
+def test_ties_go_to_the_lower_index(device):
+    points = torch.zeros(1, 1, 4, 3, device=device)
+    assert torch.equal(
+        nearest(points, torch.ones(1, 1, 5, 3, device=device)), torch.zeros(1, 1, 4, device=device).long()
+    )
+
+
+def test_slices_do_not_change_the_labels(points, monkeypatch):
+    centroids = spread_tokens(points, 20, seed=0)
+    whole = nearest(points, centroids)
+    monkeypatch.setattr(kmeans_module, "_SLICE_ELEMENTS", {"cpu": 7 * 20 * 6, "other": 7 * 20 * 6})
+    assert torch.equal(nearest(points, centroids), whole)
+
+
+def test_k_means_never_raises_inertia(points):
+    start = spread_tokens(points, 24, seed=1)
+    spreads = torch.stack([inertia(points, kmeans(points, start, iterations=n)) for n in range(1, 9)])
+    assert (spreads.diff(dim=0) <= 1e-5 * spreads[0]).all()
+    assert (spreads[-1] < spreads[0]).all()
+
+
+def test_centroids_are_the_means_of_their_members(points):
+    found = kmeans(points, spread_tokens(points, 12, seed=0), iterations=2)
+    for cluster in range(12):
+        members = points[1, 2][found.labels[1, 2] == cluster]
+        assert len(members) == found.counts[1, 2, cluster]
+        if len(members):
+            torch.testing.assert_close(found.centroids[1, 2, cluster], members.mean(0))
+
+
+def test_an_empty_cluster_keeps_its_centroid(points):
+    start = spread_tokens(points, 6, seed=0)
+    start[:, :, 2] = 1e3
+    found = kmeans(points, start, iterations=3)
+    assert (found.counts[:, :, 2] == 0).all()
+    assert torch.equal(found.centroids[:, :, 2], start[:, :, 2])
+    assert (found.labels != 2).all()
+
+
+def test_spherical_k_means_ignores_length(points):
+    lengths = torch.rand(*points.shape[:3], 1, device=points.device) * 9 + 0.1
+    start = spread_tokens(points, 10, seed=0)
+    plain = kmeans(points, start, iterations=4, metric="cosine")
+    scaled = kmeans(points * lengths, start, iterations=4, metric="cosine")
+    assert torch.equal(plain.labels, scaled.labels)
+    torch.testing.assert_close(plain.centroids, scaled.centroids)
+
+
+def test_spherical_centroids_lie_on_the_sphere(points):
+    found = kmeans(points, spread_tokens(points, 10, seed=0), iterations=1, metric="cosine")
+    lengths = found.centroids[found.counts > 0].norm(dim=-1)
+    torch.testing.assert_close(lengths, torch.ones_like(lengths))
+
+
+def test_points_left_out_have_no_influence(points):
+    include = torch.rand(2, 1, 300, device=points.device) < 0.7
+    start = spread_tokens(points, 8, seed=0, include=include)
+    garbage = torch.where(include.unsqueeze(-1), points, 1e4)
+    clean, dirty = (kmeans(each, start, iterations=3, include=include) for each in (points, garbage))
+    assert torch.equal(clean.labels, dirty.labels)
+    assert torch.equal(clean.centroids, dirty.centroids)
+    assert torch.equal(clean.labels >= 0, include.expand_as(clean.labels))
+    assert clean.counts.sum(-1).eq(include.sum(-1)).all()
+    assert (distances(points, clean.labels, clean.centroids)[clean.labels < 0] == 0).all()
+
+
+def test_half_precision_points_are_clustered_in_single(points):
+    found = kmeans(points.bfloat16(), spread_tokens(points, 8, seed=0).bfloat16(), iterations=2)
+    assert found.centroids.dtype == torch.float32
+
+
+def test_no_iteration_is_refused(points):
+    with pytest.raises(ValueError, match="at least one iteration, got 0"):
+        kmeans(points, points[:, :, :4], iterations=0)
+
+
+@given(tokens=st.integers(1, 60), clusters=st.integers(1, 60), seed=st.integers(0, 2**20), data=st.data())
+def test_starting_tokens_take_part_and_are_spread_over_the_sequence(tokens, clusters, seed, data):
+    include = torch.tensor(data.draw(st.lists(st.booleans(), min_size=tokens, max_size=tokens)))
+    positions = torch.arange(tokens).view(1, 1, tokens, 1)
+    chosen = spread_tokens(positions, clusters, seed, include.view(1, 1, tokens)).flatten()
+    members = include.nonzero().flatten()
+    if len(members):
+        assert include[chosen].all()
+        place = torch.searchsorted(members, chosen)
+        stretch = torch.arange(clusters) * len(members) / clusters
+        assert (place + 1 > stretch - 1e-4).all()
+        assert (place < stretch + len(members) / clusters + 1e-4).all()
+    everywhere = spread_tokens(positions, clusters, seed).flatten()
+    assert torch.equal(
+        everywhere, spread_tokens(positions, clusters, seed, torch.ones(1, 1, tokens).bool()).flatten()
+    )

@@ -1,0 +1,81 @@
+"""Claims about the reductions over clusters, against loops."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adamac.ops.segment import segment_counts, segment_mean, segment_min_max, segment_sum
+
+
+@st.composite
+def labelled(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Values, labels with padding and empty segments, and the number of segments."""
+    batch, heads, tokens, dim = (draw(st.integers(1, high)) for high in (2, 3, 40, 5))
+    segments = draw(st.integers(1, 12))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    labels = torch.randint(-1, segments, (batch, heads, tokens), generator=generator)
+    values = torch.randint(-50, 50, (batch, heads, tokens, dim), generator=generator).float()
+    return values, labels, segments
+
+
+def by_loop(values, labels, segments, reduce):
+    """Reduce the rows of each segment; zeros where there are none."""
+    out = torch.zeros(*labels.shape[:2], segments, values.shape[-1])
+    for sample, head, segment in (
+        torch.cartesian_prod(*map(torch.arange, out.shape[:3])).reshape(-1, 3).tolist()
+    ):
+        rows = values[sample, head][labels[sample, head] == segment]
+        if len(rows):
+            out[sample, head, segment] = reduce(rows)
+    return out
+
+
+@given(labelled())
+def test_counts_are_those_of_a_loop(case):
+    values, labels, segments = case
+    counted = by_loop(torch.ones_like(values), labels, segments, lambda rows: rows.sum(0))
+    assert torch.equal(segment_counts(labels, segments), counted[..., 0].long())
+
+
+@given(labelled())
+def test_sum_and_mean_are_those_of_a_loop(case):
+    values, labels, segments = case  # small integers, so that sums are exact
+    sums = by_loop(values, labels, segments, lambda rows: rows.sum(0))
+    assert torch.equal(segment_sum(values, labels, segments), sums)
+    assert torch.equal(
+        segment_mean(values, labels, segments), by_loop(values, labels, segments, lambda r: r.sum(0) / len(r))
+    )
+
+
+@given(labelled())
+def test_minimum_and_maximum_are_those_of_a_loop_and_zero_for_empty_segments(case):
+    values, labels, segments = case
+    low, high = segment_min_max(values, labels, segments)
+    assert torch.equal(low, by_loop(values, labels, segments, lambda rows: rows.amin(0)))
+    assert torch.equal(high, by_loop(values, labels, segments, lambda rows: rows.amax(0)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_added_up_in_single(device, dtype):
+    values = torch.ones(1, 1, 4096, 1, dtype=dtype, device=device)  # in bfloat16 the sum would stop at 256
+    labels = torch.zeros(1, 1, 4096, dtype=torch.long, device=device)
+    total = segment_sum(values, labels, 1)
+    assert total.dtype == torch.float32
+    assert total.item() == 4096
+
+
+def test_sums_are_the_same_bits_every_time(device):
+    values = torch.randn(2, 3, 5000, 16, device=device)
+    labels = torch.randint(-1, 40, (2, 3, 5000), device=device)
+    first = segment_sum(values, labels, 40)
+    assert all(torch.equal(segment_sum(values, labels, 40), first) for _ in range(3))
+
+
+def test_padding_belongs_to_no_segment(device):
+    values = torch.full((1, 1, 3, 2), torch.nan, device=device)
+    labels = torch.full((1, 1, 3), -1, device=device)
+    assert torch.equal(segment_sum(values, labels, 2), torch.zeros(1, 1, 2, 2, device=device))
+    assert torch.equal(segment_counts(labels, 2), torch.zeros(1, 1, 2, dtype=torch.long, device=device))

@@ -1,0 +1,88 @@
+"""The command line: quick to answer, and what is wrong is said in one line."""
+
+import subprocess
+import sys
+
+import pytest
+
+import adamac
+from adamac import cli
+
+
+def test_help_answers_without_torch():
+    program = (
+        "import sys, adamac.cli; code = adamac.cli.main(['--help']); sys.exit(code or 'torch' in sys.modules)"
+    )
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+    for command in ("bakeoff", "report", "doctor", "version"):
+        assert command in answer.stdout
+
+
+def test_version_is_the_packages(capsys):
+    assert cli.main(["version"]) == 0
+    assert capsys.readouterr().out.strip() == adamac.__version__
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    """A folder with the things that commands are given, and its state before and after."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "prompts.txt").write_text("a red ball\n")
+    (tmp_path / "no-model").mkdir()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("years of work")
+    return tmp_path
+
+
+def files(folder) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["bakeoff", "--arms", "dense", "sage"], "unknown arm 'sage'"),
+        (["bakeoff", "--arms", "svg2", "svg2"], "twice"),
+        (["bakeoff", "--prompts", "nowhere.jsonl"], "cannot read nowhere.jsonl"),
+        (["bakeoff", "--prompts", "empty.txt"], "holds no prompt"),
+        (["bakeoff", "--prompts", "no-model"], "cannot read no-model"),
+        (["bakeoff", "--prompts", "prompts.txt", "--model", "no-model"], "no model_index.json"),
+        (["bakeoff", "--prompts", "prompts.txt", "--model", "empty.txt"], "no model_index.json"),
+        (["bakeoff", "--prompts", "prompts.txt", "--model", "./nowhere"], "neither a directory nor a hub id"),
+        (["bakeoff", "--prompts", "prompts.txt", "--model", "nowhere"], "neither a directory nor a hub id"),
+        (["bakeoff", "--prompts", "prompts.txt", "--out", "empty.txt"], "cannot be written"),
+        (["bakeoff", "--prompts", "prompts.txt", "--out", "empty.txt/run"], "cannot be written"),
+        (["bakeoff", "--prompts", "prompts.txt", "--out", "full"], "not empty"),
+        (["bakeoff", "--prompts", "prompts.txt", "--keep", "1.5"], "keep"),
+        (["bakeoff", "--prompts", "prompts.txt", "--keep", "0"], "keep"),
+        (["bakeoff", "--prompts", "prompts.txt", "--keep", "nan"], "keep"),
+        (["bakeoff", "--prompts", "prompts.txt", "--steps", "0"], "steps must be at least 1"),
+        (["bakeoff", "--prompts", "prompts.txt", "--height", "-16"], "height must be at least 16"),
+        (["bakeoff", "--prompts", "prompts.txt", "--frames", "0"], "frames must be at least 1"),
+        (["bakeoff", "--prompts", "prompts.txt", "--seeds", "1", "1"], "seeds must differ"),
+        (["bakeoff", "--prompts", "prompts.txt", "--device", "abacus"], "no device 'abacus'"),
+        (["bakeoff", "--prompts", "prompts.txt", "--dtype", "float3"], "dtype must be"),
+        (["report", "nowhere"], "holds no run"),
+        (["report", "full"], "holds no run"),
+        (["doctor", "no-model"], "no model_index.json"),
+        (["doctor", "../no/such/place"], "neither a directory nor a hub id"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2_and_changes_nothing(world, capsys, arguments, problem):
+    before = files(world)
+    assert cli.main(arguments) == 2
+    said = capsys.readouterr()
+    assert problem in said.err
+    assert len(said.err.strip().splitlines()) == 1
+    assert "Traceback" not in said.out + said.err
+    assert files(world) == before
+    assert not (world / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments", [["cook"], ["bakeoff", "--stepz", "3"], ["bakeoff", "--steps", "many"], []]
+)
+def test_usage_errors_exit_with_2(arguments, capsys):
+    assert cli.main(arguments) == 2
