@@ -106,31 +106,36 @@ def outcome(dense: DenseRows, plan: Plan) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Condense the rows into Markdown: mean output error over calls, by arm and budget."""
+    """Condense the rows into Markdown: means over the calls that an arm planned sparsely, by arm and budget."""
     groups = defaultdict(list)
+    calls = len({(row["prompt"], row["step"], row["layer"]) for row in rows})
     for row in rows:
-        groups[row["arm"], row["compensate"], row["keep"]].append(row)
+        if row["dense_reason"] is None:
+            groups[row["arm"], row["compensate"], row["keep"]].append(row)
     lines = [
-        "| plan | " + " | ".join(f"{keep:.0%}" for keep in KEEPS) + " | mass kept at 15% | cost at 15% |",
-        "| --- " * (len(KEEPS) + 3) + "|",
+        "| plan | "
+        + " | ".join(f"{keep:.0%}" for keep in KEEPS)
+        + " | mass kept at 15% | cost at 15% | calls |",
+        "| --- " * (len(KEEPS) + 4) + "|",
     ]
     for compensate in (False, True):
         for name in METHODS:
-            if (name, compensate, KEEPS[0]) in groups:
-                errors = [_mean(groups[name, compensate, keep], "output_error") for keep in KEEPS]
-                middle = [_mean(groups[name, compensate, 0.15], figure) for figure in ("mass_kept", "cost")]
-                cells = [f"{number:.3f}" for number in errors + middle]
-                lines.append(
-                    f"| {name}{' **+ compensation**' if compensate else ''} | " + " | ".join(cells) + " |"
-                )
+            if middle := groups.get((name, compensate, KEEPS[1])):
+                figures = [_mean(groups[name, compensate, keep], "output_error") for keep in KEEPS]
+                figures += [_mean(middle, figure) for figure in ("mass_kept", "cost")]
+                cells = [f"{number:.3f}" for number in figures] + [str(len(middle))]
+                arm = f"{name} **+ compensation**" if compensate else name
+                lines.append(f"| {arm} | {' | '.join(cells)} |")
+    lines.append("")
     for name in PUBLISHED:
         if published := groups.get((name, False, None)):
             error, density, mass = (
                 _mean(published, figure) for figure in ("output_error", "density", "mass_kept")
             )
-            dense = sum(row["dense_reason"] is not None for row in published)
-            lines.append(f"\n{name}: error {error:.3f} at density {density:.3f}, mass kept {mass:.3f}, ")
-            lines[-1] += f"dense in {dense} of {len(published)} calls"
+            lines.append(
+                f"{name}, where it is not dense ({len(published)} of {calls} calls): error {error:.3f} at density "
+                f"{density:.3f}, mass kept {mass:.3f}."
+            )
     return "\n".join(lines)
 
 

@@ -13,7 +13,7 @@ from adamac.attention import AdaCluster, Layout, Plan, TopK
 from adamac.ops.kmeans import distances
 from adamac.testing import attention_like
 
-METHOD = AdaCluster(query_clusters=6, key_clusters=8)
+METHOD = AdaCluster(query_clusters=6, key_clusters=8, max_key_clusters=64)
 
 
 def with_outliers(far: int = 20, groups: int = 20) -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,7 +42,7 @@ def test_keys_without_outliers_stay_at_the_starting_count():
 
 def test_a_layer_beyond_the_cap_is_dense_and_stays_dense():
     query, key = with_outliers()
-    method = replace(METHOD, max_key_clusters=METHOD.key_clusters)
+    method = replace(METHOD, max_key_clusters=METHOD.key_clusters, hard_layers="dense")
     plan = method(query, key)
     assert plan.is_dense
     assert plan.dense_reason == "method: keys need more than 8 clusters"
@@ -50,6 +50,13 @@ def test_a_layer_beyond_the_cap_is_dense_and_stays_dense():
     assert not method(easy, easy).is_dense
     later = method(easy, easy, previous=plan)
     assert later.dense_reason == plan.dense_reason
+
+
+def test_a_layer_beyond_the_cap_makes_do_with_the_cap_if_told_to_stay_sparse():
+    query, key = with_outliers()
+    plan = replace(METHOD, max_key_clusters=12, hard_layers="sparse")(query, key)
+    plan.check()
+    assert plan.keys.num_clusters == 12
 
 
 def test_a_dense_layer_of_another_shape_is_forgotten():
@@ -126,6 +133,7 @@ def test_the_papers_settings_are_those_it_prints():
             {"max_key_clusters": 7, "key_clusters": 8},
             r"max_key_clusters \(7\) must not be below key_clusters \(8\)",
         ),
+        ({"hard_layers": "skip"}, r'AdaCluster\.hard_layers must be "sparse" or "dense", got \'skip\''),
         ({"outlier_factor": 0.0}, r"AdaCluster\.outlier_factor must be positive, got 0\.0"),
         ({"outlier_factor": math.nan}, r"AdaCluster\.outlier_factor must be positive, got nan"),
     ],

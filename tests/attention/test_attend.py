@@ -60,17 +60,20 @@ def test_a_full_plan_equals_dense_whether_it_compensates_or_not(tensors, layout,
     plan = fake_plan(*tensors[:2], layout)
     full = replace(plan, reads=plan.keys.counts.unsqueeze(-2).expand_as(plan.reads))
     plain = attend(*tensors, replace(full, compensate=False), impl=impl)
-    assert torch.equal(attend(*tensors, full, impl=impl), plain)
+    compensated = attend(*tensors, full, impl=impl)
     valid = valid_tokens(plan, 2)
     everything = (valid[:, None, :, None] & valid[:, None, None, :]).expand(2, 2, -1, -1)
     oracle, eager = masked(tensors, plan, everything)
     assert_within_error_budget(plain, oracle, eager)
+    assert_within_error_budget(compensated, oracle, eager)
+    if impl == "gather":  # which leaves no room for means; the reference adds columns of weight zero
+        assert torch.equal(compensated, plain)
     assert_within_error_budget(attend(*tensors, Plan.dense(layout, "test"), impl=impl), oracle, eager)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_compensation_keeps_the_error_budgetwith_text_and_padding(layout, impl, dtype, device):
+def test_compensation_keeps_the_error_budget_with_text_and_padding(layout, impl, dtype, device):
     tensors = attention_like(2, 2, 70, 64, dtype=dtype, device=device)
     plan = fake_plan(*tensors[:2], layout)
     output, lse = attend(*tensors, plan, impl=impl, return_lse=True)

@@ -218,7 +218,9 @@ def test_short_videos_stay_dense_with_a_reason():
 
 def test_a_layer_whose_keys_do_not_cluster_stays_dense_with_a_reason():
     pipe = wan_pipe()
-    stubborn = AdaCluster(query_clusters=8, key_clusters=8, max_key_clusters=8, outlier_factor=0.5)
+    stubborn = AdaCluster(
+        query_clusters=8, key_clusters=8, max_key_clusters=8, outlier_factor=0.5, hard_layers="dense"
+    )
     stock = run_wan(pipe)
     with enable(pipe, stubborn, ALWAYS) as handle:
         assert error(run_wan(pipe), stock) < 1e-6

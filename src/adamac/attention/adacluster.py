@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -51,7 +52,9 @@ class AdaCluster:
             (99 at 4,368 tokens, 412 at 75,600).
         key_clusters: Clusters that the keys of each head start with, before stages for outliers; ``None`` means 3 times
             the root (198 and 825): a centroid is read by every row, so twice the tokens should not get twice as many.
-        max_key_clusters: A layer that would need more stays dense; ``None`` means 4 times ``key_clusters``.
+        max_key_clusters: The most that the keys of a head may get; ``None`` means 1.5 times ``key_clusters``.
+        hard_layers: What becomes of a layer that would need more: ``"dense"`` leaves it dense for the whole video, as
+            the paper does; ``"sparse"`` goes on with as many as it may have, which compensation can afford.
         outlier_factor: A key is an outlier if it is farther from its centroid than this many times the layer's mean
             distance in the first sparse step; infinity keeps ``key_clusters``.
         angular: Cluster queries by angle (spherical k-means), as the paper does, or by Euclidean distance.
@@ -72,6 +75,7 @@ class AdaCluster:
     score: Score = "centroid"
     budget: Budget = field(default_factory=Tokens)
     compensate: bool = True
+    hard_layers: Literal["sparse", "dense"] = "sparse"
     first_iterations: int = 3
     iterations: int = 1
     recluster_every: int = 1
@@ -86,6 +90,8 @@ class AdaCluster:
                 f"AdaCluster.max_key_clusters ({self.max_key_clusters}) must not be below key_clusters "
                 f"({self.key_clusters})"
             )
+        if self.hard_layers not in ("sparse", "dense"):
+            raise ValueError(f'AdaCluster.hard_layers must be "sparse" or "dense", got {self.hard_layers!r}')
         if not self.outlier_factor > 0:
             raise ValueError(f"AdaCluster.outlier_factor must be positive, got {self.outlier_factor}")
         check_score(self.score)
@@ -105,6 +111,7 @@ class AdaCluster:
             score="quest",
             budget=TopK(0.25),
             compensate=False,
+            hard_layers="dense",
         )
 
     def __call__(
@@ -167,7 +174,7 @@ class AdaCluster:
         valid = layout.video_valid()
         tokens = key.shape[2]
         start = min(self.key_clusters or round(3 * tokens**0.5), tokens)
-        most_allowed = self.max_key_clusters or 4 * start
+        most_allowed = self.max_key_clusters or start + start // 2
         stage = kmeans(
             key, spread_tokens(key, start, self.seed, valid), iterations=self.first_iterations, include=valid
         )
@@ -181,6 +188,8 @@ class AdaCluster:
         stages = 0
         while (most := int(outlier.sum(-1).max())) > 0:
             room = most_allowed - centroids.shape[2]
+            if room < 1 and self.hard_layers == "sparse":
+                break
             if room < 1:
                 return f"method: keys need more than {most_allowed} clusters"
             stages += 1

@@ -1,0 +1,428 @@
+"""Train the embedded pipeline: ``python -m adamac.embedded.train --film FILE --output FOLDER``.
+
+Three things happen in turn, each for a given number of minutes: the autoencoder learns to compress
+clips; clips are painted, encoded and kept on the device; the transformer and its text encoder learn to
+denoise them, first clips of 17 frames (many, quick), then the full 49, and at last what the network
+itself says under guidance, so that one forward a step is enough in use. A run can start from the weights
+of an earlier one (``--resume``); it then trains what it is given minutes for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLWan
+from rich.logging import RichHandler
+from transformers import PreTrainedTokenizerFast
+
+from adamac import embedded
+from adamac.embedded import assembly, dit, film, scenes, tokens
+from adamac.embedded import vae as autoencoder
+from adamac.embedded.rendering import Order, Renderer, mixed_orders
+
+logger = logging.getLogger("adamac.embedded.train")
+
+FILM_SHARE = 0.12
+"""Share of the film among the transformer's training clips."""
+CROPPED_SHARE = 0.75
+"""The autoencoder sees quarters of many clips for this share of its time, then whole frames."""
+HELD_OUT_SEED = 10**9
+"""Seeds of held-out clips begin here; training seeds stay below."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """Sizes of the clips, of the sets and of the networks."""
+
+    height: int = 112
+    width: int = 192
+    short: int = 17
+    full: int = 49
+    vae_clips: int = 2400
+    vae_batch: int = 3
+    short_clips: int = 24_000
+    full_clips: int = 40_000
+    held_out: int = 8
+    short_batch: int = 64
+    full_batch: int = 24
+    encode_batch: int = 16
+    vae: dict = dataclasses.field(default_factory=dict)
+    denoiser: dict = dataclasses.field(default_factory=dict)
+
+
+TINY = Size(
+    height=32,
+    width=48,
+    short=5,
+    full=9,
+    vae_clips=8,
+    vae_batch=2,
+    short_clips=12,
+    full_clips=12,
+    held_out=1,
+    short_batch=2,
+    full_batch=2,
+    encode_batch=4,
+    vae={"encoder_width": 8, "decoder_width": 8},
+    denoiser={"layers": 1, "heads": 1, "feed_forward": 64, "text_width": 32, "text_layers": 1},
+)
+"""Sizes with which every line runs in seconds on a processor."""
+
+
+@dataclasses.dataclass
+class LatentSet:
+    """Encoded clips on the device: latents ``(n, c, t, h, w)`` in bf16, tokens ``(n, MAX_TOKENS)``."""
+
+    latents: torch.Tensor
+    tokens: torch.Tensor
+
+    def batches(self, size: int) -> Iterator[dit.Batch]:
+        """Random batches without end."""
+        while True:
+            index = torch.randint(len(self.tokens), (size,), device=self.tokens.device)
+            yield dit.Batch(self.latents[index].float(), self.tokens[index])
+
+    def all(self) -> dit.Batch:
+        """Everything as one batch."""
+        return dit.Batch(self.latents.float(), self.tokens)
+
+
+class Run:
+    """One training run: its data sources, networks and report."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.size = TINY if options.tiny else Size()
+        size = self.size
+        # The painters are forked before the device is touched.
+        self.renderer = Renderer(options.workers, size.full * size.height * size.width * 3)
+        self.film = film.load(options.film or film.fetch(options.cache), size.height, size.width)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        torch.manual_seed(options.seed)
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")
+        self.rng = np.random.default_rng(options.seed)
+        self.output: Path = options.output
+        self.output.mkdir(parents=True, exist_ok=True)
+        self.report: dict = {
+            "arguments": {k: str(v) for k, v in vars(options).items()},
+            "device": _device_name(self.device),
+            "film": film.CREDIT,
+        }
+        self.vae, self.denoiser, self.tokenizer = self._networks()
+        self.averaged = dit.copy_of(self.denoiser)
+
+    def _networks(self) -> tuple[AutoencoderKLWan, dit.Denoiser, PreTrainedTokenizerFast]:
+        if self.options.resume:
+            vae, denoiser, tokenizer = assembly.restore(self.options.resume)
+        else:
+            tokenizer = tokens.build()
+            vae = autoencoder.build(**self.size.vae)
+            denoiser = dit.build(vae.config.z_dim, len(tokenizer), **self.size.denoiser)
+        for name, module in (
+            ("vae", vae),
+            ("transformer", denoiser.transformer),
+            ("text_encoder", denoiser.text_encoder),
+        ):
+            self.report[f"{name}_parameters"] = sum(p.numel() for p in module.parameters())
+        return vae, denoiser.to(self.device), tokenizer
+
+    # ------------------------------------------------------------ data
+
+    def rendered(
+        self,
+        orders: list[Order],
+        seconds: float = float("inf"),
+    ) -> Iterator[tuple[torch.Tensor, list[str]]]:
+        """Painted clips on the device, in pieces small enough to encode; ends after ``seconds``."""
+        step, began = self.size.encode_batch, time.monotonic()
+        for frames, captions in self.renderer.clips(orders):
+            if time.monotonic() - began > seconds:
+                return
+            for i in range(0, len(frames), step):
+                piece = torch.from_numpy(frames[i : i + step]).to(self.device)
+                yield piece, captions[i : i + step]
+
+    def filmed(
+        self,
+        count: int,
+        frames: int,
+        held_out: bool = False,
+    ) -> Iterator[tuple[torch.Tensor, list[str]]]:
+        """Film clips on the device, in the same form."""
+        step = self.size.encode_batch
+        for start in range(0, count, step):
+            clips = self.film.clips(self.rng, min(step, count - start), frames, held_out=held_out)
+            pictures = torch.from_numpy(np.stack([picture for picture, _ in clips]))
+            yield pictures.to(self.device), [text for _, text in clips]
+
+    def tokenise(self, captions: list[str]) -> torch.Tensor:
+        """Token ids ``(n, MAX_TOKENS)`` on the device."""
+        return self.tokenizer(
+            captions, padding="max_length", truncation=True, max_length=tokens.MAX_TOKENS, return_tensors="pt"
+        ).input_ids.to(self.device)
+
+    def encoded(self, source: Iterator[tuple[torch.Tensor, list[str]]]) -> LatentSet:
+        """Encode clips as they come."""
+        latents, ids = [], []
+        for frames, captions in source:
+            raw = autoencoder.encode(self.vae, frames)
+            latents.append(autoencoder.normalise(self.vae, raw).bfloat16())
+            ids.append(self.tokenise(captions))
+        return LatentSet(torch.cat(latents), torch.cat(ids))
+
+    def training_set(self, count: int, frames: int) -> LatentSet:
+        """Up to ``count`` procedural clips of one length and their share of film, encoded."""
+        began, size = time.monotonic(), self.size
+        orders = mixed_orders(
+            count, self.options.first_seed + frames * 1_000_000, frames, size.height, size.width
+        )
+        painted = self.encoded(self.rendered(orders, self.options.encode_minutes * 60))
+        made = len(painted.tokens)
+        of_film = self.encoded(self.filmed(int(made * FILM_SHARE / (1 - FILM_SHARE)), frames))
+        self.report[f"clips_{frames}"] = made + len(of_film.tokens)
+        logger.info(
+            "%d clips of %d frames in %.0f s",
+            self.report[f"clips_{frames}"],
+            frames,
+            time.monotonic() - began,
+        )
+        return LatentSet(
+            torch.cat([painted.latents, of_film.latents]), torch.cat([painted.tokens, of_film.tokens])
+        )
+
+    def held_out_orders(self, category: str, frames: int) -> list[Order]:
+        """Orders of clips whose captions training never saw."""
+        return [
+            Order(category, HELD_OUT_SEED + i, frames, self.size.height, self.size.width, True)
+            for i in range(self.size.held_out)
+        ]
+
+    def held_out(self, frames: int) -> Iterator[tuple[str, Iterator]]:
+        """Each category's held-out clips, the film's last."""
+        for category in scenes.CATEGORIES:
+            yield category, self.rendered(self.held_out_orders(category, frames))
+        yield "film", self.filmed(self.size.held_out, frames, held_out=True)
+
+    # ------------------------------------------------------------ stages
+
+    def train_vae(self) -> None:
+        """Train the autoencoder on painted clips and film, write its statistics and its ceiling.
+
+        The clips have the full length: one trained on short clips loses the colours after them.
+        """
+        size = self.size
+        painted = torch.cat(
+            [
+                piece
+                for piece, _ in self.rendered(
+                    mixed_orders(size.vae_clips, self.options.first_seed, size.full, size.height, size.width)
+                )
+            ]
+        )
+        kept = [
+            torch.from_numpy(self.film.frames[s.start : s.end])
+            for s in self.film.shots
+            if not s.held_out and s.end - s.start >= size.full
+        ]
+        reel, lengths = torch.cat(kept).to(self.device), [len(k) for k in kept]
+        starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+        share = np.array(lengths) / sum(lengths)
+        steps = torch.arange(size.full, device=self.device)
+
+        def clips(count: int) -> torch.Tensor:
+            of_film = max(count // 3, 1)
+            index = torch.randint(len(painted), (count - of_film,), device=self.device)
+            shots = self.rng.choice(len(lengths), of_film, p=share)
+            begin = [starts[s] + self.rng.integers(lengths[s] - size.full + 1) for s in shots]
+            rows = torch.tensor(np.array(begin), device=self.device)[:, None] + steps
+            return torch.cat([painted[index], reel[rows]])
+
+        def batch(progress: float) -> torch.Tensor:
+            if progress > CROPPED_SHARE:
+                return clips(size.vae_batch)
+            top = int(self.rng.integers(size.height // 2 + 1))
+            left = int(self.rng.integers(size.width // 2 + 1))
+            quarter = (slice(top, top + size.height // 2), slice(left, left + size.width // 2))
+            return clips(4 * size.vae_batch)[:, :, *quarter]
+
+        self.vae = autoencoder.train(
+            self.vae, batch, self.options.vae_minutes * 60, self.options.vae_rate, self.device
+        )
+        some = torch.cat([autoencoder.encode(self.vae, clips(size.vae_batch)) for _ in range(64)])
+        autoencoder.set_statistics(self.vae, some)
+        self.measure_ceiling()
+
+    def measure_ceiling(self) -> None:
+        """PSNR of the autoencoder alone, by category, on held-out clips of full length."""
+        ceiling = {}
+        for category, source in self.held_out(self.size.full):
+            values = [
+                (autoencoder.reconstruction_psnr(self.vae, frames), len(frames)) for frames, _ in source
+            ]
+            ceiling[category] = round(float(np.mean([v for v, _ in values])), 2)
+        self.report["vae_psnr_db"] = ceiling
+        logger.info("vae ceiling, dB: %s", ceiling)
+
+    def train_denoiser(
+        self,
+        data: LatentSet,
+        batch: int,
+        schedule: dit.Schedule,
+        name: str,
+        target: dit.Target = dit.data_velocity,
+    ) -> None:
+        """One stage of the transformer's training."""
+        torch.manual_seed(self.options.seed + len(self.report))
+        steps = dit.train(
+            self.denoiser,
+            self.averaged,
+            data.batches(batch),
+            self.empty(),
+            schedule,
+            target,
+            compiled=self.device.type == "cuda",
+            every_minute=self.checkpoint,
+        )
+        self.report[f"{name}_steps"] = steps
+        # The next stage goes on from the average, which is the better network.
+        self.denoiser.load_state_dict(self.averaged.state_dict())
+        self.checkpoint()
+
+    def empty(self) -> torch.Tensor:
+        """Token ids of the empty caption."""
+        return self.tokenise([""])[0]
+
+    def measure_loss(self, name: str) -> None:
+        """Held-out flow-matching loss by category at full length."""
+        losses = {}
+        for category, source in self.held_out(self.size.full):
+            losses[category] = round(dit.held_out_loss(self.averaged, self.encoded(source).all()), 4)
+        losses["mean"] = round(float(np.mean(list(losses.values()))), 4)
+        self.report[f"held_out_loss_{name}"] = losses
+        logger.info("held-out loss, %s: %s", name, losses)
+
+    def checkpoint(self, name: str = "weights") -> None:
+        """Write the averaged weights as one archive, and the report."""
+        folder = self.output / name
+        assembly.save(self.vae, self.averaged, self.tokenizer, folder)
+        shutil.make_archive(str(folder), "zip", folder)
+        shutil.rmtree(folder)
+        text = json.dumps(self.report, indent=1)
+        (self.output / "report.json").write_text(text, encoding="utf-8")
+
+    def sheets(self, name: str, guidance: float) -> None:
+        """Contact sheets of the held-out prompts and of two film captions."""
+        generation = dict(embedded.GENERATION)
+        generation |= {"height": self.size.height, "width": self.size.width, "num_frames": self.size.full}
+        entries = embedded.prompts()[: 2 if self.options.tiny else None]
+        wanted = [e["prompt"] for e in entries]
+        wanted += [
+            "an animated film, a gray rabbit in a meadow, some motion",
+            "an animated film, a brown squirrel on a branch in a blue sky, some motion",
+        ]
+        parts = assembly.pipeline(self.vae, self.averaged, self.tokenizer)
+        parts.set_progress_bar_config(disable=True)
+        videos = assembly.sample(parts, wanted, generation, guidance)
+        assembly.contact_sheet(videos, wanted, 7, self.output / f"{name}.png")
+
+    def everything(self) -> None:
+        """All stages that were given time."""
+        options, size = self.options, self.size
+        if options.vae_minutes > 0:
+            self.train_vae()
+            self.checkpoint()
+        self.vae = autoencoder.to_device(self.vae, self.device).eval()
+        if options.short_minutes > 0:
+            self.train_denoiser(
+                self.training_set(size.short_clips, size.short),
+                size.short_batch,
+                dit.Schedule(
+                    options.short_minutes * 60, options.rate, options.short_cooldown, final=options.handover
+                ),
+                "short",
+            )
+        if options.full_minutes + options.distil_minutes > 0:
+            full = self.training_set(size.full_clips, size.full)
+        if options.full_minutes > 0:
+            self.train_denoiser(
+                full,
+                size.full_batch,
+                dit.Schedule(options.full_minutes * 60, options.rate * options.handover, 0.7),
+                "full",
+            )
+            self.measure_loss("full")
+            self.sheets("plain_guidance1", 1.0)
+            self.sheets(f"plain_guidance{options.guidance:g}", options.guidance)
+        if options.distil_minutes > 0:
+            self.checkpoint("weights_before_distillation")
+            teacher = dit.copy_of(self.averaged)
+            self.train_denoiser(
+                full,
+                size.full_batch,
+                dit.Schedule(options.distil_minutes * 60, options.rate * 0.4, 0.8),
+                "distil",
+                dit.guided_velocity(teacher, self.empty(), options.guidance),
+            )
+            self.sheets("distilled", 1.0)
+        self.checkpoint()
+        self.renderer.close()
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--output", type=Path, required=True, help="folder for weights.zip, report.json and sheets")
+    add("--film", type=Path, help="Big Buck Bunny as a file; fetched if not given")
+    add("--cache", type=Path, default=Path.home() / ".cache" / "adamac", help="for the fetched film")
+    add("--resume", type=Path, help="weights folder of an earlier run")
+    add("--vae-minutes", type=float, default=3.0)
+    add("--vae-rate", type=float, default=5e-4, help="peak learning rate of the autoencoder")
+    add("--short-minutes", type=float, default=10.0, help="transformer, 17 frames")
+    add("--full-minutes", type=float, default=10.0, help="transformer, 49 frames")
+    add("--distil-minutes", type=float, default=2.0, help="guidance distillation, 49 frames")
+    add("--encode-minutes", type=float, default=2.0, help="at most, for each set of clips")
+    add("--guidance", type=float, default=3.0, help="guidance scale that is distilled")
+    add("--rate", type=float, default=2e-3, help="peak learning rate of Muon; AdamW has half")
+    add("--handover", type=float, default=0.5, help="share of the rate kept for full length")
+    add(
+        "--short-cooldown",
+        type=float,
+        default=0.3,
+        help="last share of the short stage's time in which the rate falls to the handover",
+    )
+    add("--first-seed", type=int, default=0, help="of the painted clips; a later run takes another")
+    add("--seed", type=int, default=0)
+    add("--workers", type=int, default=max((os.cpu_count() or 2) - 1, 1))
+    add("--tiny", action="store_true", help="sizes for a quick test of every line")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run from the command line."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler()])
+    began = time.monotonic()
+    run = Run(parse(arguments))
+    run.everything()
+    logger.info("done in %.0f s", time.monotonic() - began)
+
+
+if __name__ == "__main__":
+    main()
