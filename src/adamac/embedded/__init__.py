@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import WanPipeline
+    from diffusers.pipelines.wan.pipeline_wan import WanPipeline
 
 CATEGORIES = ("plain", "cut", "interaction", "thin", "small_fast", "text", "low_light", "reflection")
 """Ids of the prompt categories."""
@@ -52,7 +52,7 @@ def load(device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -
         A stock ``diffusers.WanPipeline``; call it with ``**GENERATION``.
     """
     import torch
-    from diffusers import WanPipeline
+    from diffusers.pipelines.wan.pipeline_wan import WanPipeline
 
     parts = WanPipeline.from_pretrained(str(path()), torch_dtype=dtype or torch.float32)
     return parts.to(device)

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from transformers import UMT5Config, UMT5EncoderModel
 
 from adamac.embedded.muon import Muon

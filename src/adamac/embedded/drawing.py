@@ -126,8 +126,10 @@ SHAPES: dict[str, tuple[Part, ...]] = {
 def shade(colour: tuple[int, int, int], factor: float) -> tuple[int, int, int]:
     """A colour made darker (``factor < 1``) or mixed with white (``factor > 1``)."""
     if factor <= 1:
-        return tuple(int(c * factor) for c in colour)
-    return tuple(int(c + (255 - c) * min(factor - 1, 1.0)) for c in colour)
+        red, green, blue = (int(c * factor) for c in colour)
+    else:
+        red, green, blue = (int(c + (255 - c) * min(factor - 1, 1.0)) for c in colour)
+    return red, green, blue
 
 
 def polygon(canvas: np.ndarray, corners: np.ndarray, colour: tuple[int, int, int]) -> None:
@@ -178,7 +180,7 @@ def sprite(
     everything = []
     for corners, paint in SHAPES[shape]:
         placed = (corners * mirror) @ turn * size + (x, y)
-        polygon(canvas, placed, shade(base, paint) if isinstance(paint, float) else paint)
+        polygon(canvas, placed, paint if isinstance(paint, tuple) else shade(base, paint))
         everything.append(placed)
     return np.concatenate(everything)
 
@@ -248,7 +250,7 @@ def _glyphs(text: str, pixels: int) -> np.ndarray:
     font = ImageFont.load_default(size=pixels)
     left, top, right, bottom = font.getbbox(text, stroke_width=pixels // 20)
     margin = 2
-    image = Image.new("L", (right - left + 2 * margin, bottom - top + 2 * margin))
+    image = Image.new("L", (int(right - left) + 2 * margin, int(bottom - top) + 2 * margin))
     ImageDraw.Draw(image).text(
         (margin - left, margin - top), text, fill=255, font=font, stroke_width=pixels // 20
     )

@@ -179,8 +179,10 @@ def fetch(folder: Path) -> Path:
     )
     source = next(folder.glob("moviepy-*.tar.gz"))
     with tarfile.open(source) as tar:
-        name = next(n for n in tar.getnames() if n.endswith(ARCHIVE))
-        inner = io.BytesIO(tar.extractfile(name).read())
+        packed = tar.extractfile(next(n for n in tar.getnames() if n.endswith(ARCHIVE)))
+        if packed is None:
+            raise ValueError(f"{source.name} holds {ARCHIVE} as a link, expected a file; give the film with --film")
+        inner = io.BytesIO(packed.read())
     with zipfile.ZipFile(inner) as archive:
         member = next(n for n in archive.namelist() if n.endswith(MEMBER))
         target.write_bytes(archive.read(member))

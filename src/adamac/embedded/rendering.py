@@ -38,6 +38,7 @@ def _paint(job: tuple[int, Order]) -> str:
     slot, order = job
     clip = scenes.scene(order.category, order.seed, order.frames, order.height, order.width, order.held_out)
     flat = clip.frames.reshape(-1)
+    assert _memory is not None, "the pool forks after its memory is made"
     _memory[slot, : flat.size] = flat
     return clip.caption
 

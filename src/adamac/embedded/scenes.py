@@ -348,9 +348,10 @@ def _orbit(rng: np.random.Generator, stage: Stage) -> _Meeting:
     turn = rng.uniform(0, 2 * np.pi) + np.arange(stage.frames) * 2 * np.pi / 32
     offset = 30 * np.stack([np.cos(turn), np.sin(turn)])
     middle = WORLD_HEIGHT / 2
-    return tuple(
+    one, other = (
         hold(x + sign * offset[0], middle + sign * offset[1], _SIZE * 0.9, stage.frames) for sign in (1, -1)
-    ), (0, 1)
+    )
+    return (one, other), (0, 1)
 
 
 _MEETINGS: dict[str, Callable[[np.random.Generator, Stage], _Meeting]] = {

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as functional
-from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, patchify, unpatchify
 
 logger = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ def loss(vae: AutoencoderKLWan, video: torch.Tensor) -> tuple[torch.Tensor, dict
     sample = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
     error = decode(vae, sample).float() - video
     pixel = error.abs().mean()
-    gradient = sum(error.diff(dim=d).abs().mean() for d in (2, 3, 4)) / 3
+    gradient = torch.stack([error.diff(dim=d).abs().mean() for d in (2, 3, 4)]).mean()
     mean, log_variance = mean.float(), log_variance.float()
     divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
     total = pixel + GRADIENT_WEIGHT * gradient + KL_WEIGHT * divergence
