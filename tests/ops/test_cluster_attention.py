@@ -99,9 +99,10 @@ def test_large_logits_do_not_overflow(impl, device):
     assert_right((100 * query, key, *rest), impl, compensate=True)
 
 
-def test_large_query_clusters_are_cut_into_slices(device, monkeypatch):
-    monkeypatch.setattr(gather_module, "_SLICE_ELEMENTS", 500)
-    assert_right(case(1, 2, 200, 64, 2, 9, device=device), "gather", compensate=True)
+@pytest.mark.parametrize("elements", [1, 20_000, 1 << 30])
+def test_how_query_clusters_are_batched_does_not_matter(elements, device, monkeypatch):
+    monkeypatch.setattr(gather_module, "_BATCH_ELEMENTS", elements)
+    assert_right(case(1, 2, 200, 64, 7, 9, device=device), "gather", compensate=True)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

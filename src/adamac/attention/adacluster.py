@@ -48,10 +48,10 @@ class AdaCluster:
     """Sparse attention by clusters of queries and keys.
 
     Attributes:
-        query_clusters: Clusters of the queries of each head; ``None`` means 1.5 times the root of the video tokens
-            (99 at 4,368 tokens, 412 at 75,600).
-        key_clusters: Clusters that the keys of each head start with, before stages for outliers; ``None`` means 3 times
-            the root (198 and 825): a centroid is read by every row, so twice the tokens should not get twice as many.
+        query_clusters: Clusters of the queries of each head; ``None`` means the root of the number of video tokens (66 at
+            4,368 tokens, 275 at 75,600).
+        key_clusters: Clusters that the keys of each head start with, before stages for outliers; ``None`` means 4 times
+            the root (264 and 1,100): every row reads every centroid, so twice the tokens should not get twice as many.
         max_key_clusters: The most that the keys of a head may get; ``None`` means 1.5 times ``key_clusters``.
         hard_layers: What becomes of a layer that would need more: ``"dense"`` leaves it dense for the whole video, as
             the paper does; ``"sparse"`` goes on with as many as it may have, which compensation can afford.
@@ -142,7 +142,7 @@ class AdaCluster:
             keys = found
             queries = cluster_tokens(
                 video_query,
-                self.query_clusters or round(1.5 * video_query.shape[2] ** 0.5),
+                self.query_clusters or round(video_query.shape[2] ** 0.5),
                 layout,
                 iterations=self.first_iterations,
                 metric=self._metric,
@@ -173,7 +173,7 @@ class AdaCluster:
         """
         valid = layout.video_valid()
         tokens = key.shape[2]
-        start = min(self.key_clusters or round(3 * tokens**0.5), tokens)
+        start = min(self.key_clusters or round(4 * tokens**0.5), tokens)
         most_allowed = self.max_key_clusters or start + start // 2
         stage = kmeans(
             key, spread_tokens(key, start, self.seed, valid), iterations=self.first_iterations, include=valid

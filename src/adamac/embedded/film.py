@@ -181,7 +181,9 @@ def fetch(folder: Path) -> Path:
     with tarfile.open(source) as tar:
         packed = tar.extractfile(next(n for n in tar.getnames() if n.endswith(ARCHIVE)))
         if packed is None:
-            raise ValueError(f"{source.name} holds {ARCHIVE} as a link, expected a file; give the film with --film")
+            raise ValueError(
+                f"{source.name} holds {ARCHIVE} as a link, expected a file; give the film with --film"
+            )
         inner = io.BytesIO(packed.read())
     with zipfile.ZipFile(inner) as archive:
         member = next(n for n in archive.namelist() if n.endswith(MEMBER))

@@ -14,8 +14,12 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as functional
-from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, patchify, unpatchify
+from diffusers.models.autoencoders.autoencoder_kl_wan import (
+    AutoencoderKLWan,
+    WanCausalConv3d,
+    patchify,
+    unpatchify,
+)
 
 logger = logging.getLogger(__name__)
 
