@@ -72,8 +72,8 @@ class AdaCluster:
     max_key_clusters: int | None = None
     outlier_factor: float = 2.0
     angular: bool = True
-    score: Score = "centroid"
-    budget: Budget = field(default_factory=Tokens)
+    score: Score = "residual"
+    budget: Budget = field(default_factory=lambda: Tokens(0.1))
     compensate: bool = True
     hard_layers: Literal["sparse", "dense"] = "sparse"
     first_iterations: int = 3

@@ -17,8 +17,10 @@ from torch import Tensor
 from adamac.ops.precision import accurate
 from adamac.ops.segment import segment_counts, segment_mean
 
-# Table elements gathered at once; 2^22 float32 values are 16 MiB, half of it keys.
-_BATCH_ELEMENTS = 1 << 22
+# Table elements gathered at once; 2^20 float32 values are 4 MiB, so that they are still in a cache when they are read.
+_BATCH_ELEMENTS = 1 << 20
+# Entries looked through at once to find those that are read.
+_SEARCH_ELEMENTS = 1 << 20
 
 
 def gather(
@@ -37,12 +39,19 @@ def gather(
     output, lse = torch.zeros_like(rows), rows.new_full(rows.shape[:1], -torch.inf)
     table = _Table.of(key, value, k_labels, reads, compensate)
     members = _Members.of(q_labels, reads.shape[-2])
-    for clusters in _batches(members.sizes, table.lengths(), table.rows.shape[1]):
+    for clusters in members.by_size(table.lengths(), max(1, _SEARCH_ELEMENTS // table.width)):
+        entries, log_size, lengths = table.find(clusters)
         index, filled = members.padded(clusters)
-        keys, values, log_size = table.pick(clusters)
-        part, part_lse = _attention(rows[index], keys, values, log_size, scale)
-        output[index[filled]] = part[filled]
-        lse[index[filled]] = part_lse[filled]
+        sizes, start = members.sizes[clusters].tolist(), 0
+        while start < len(clusters):
+            longest = max(lengths[start:])
+            stop = start + max(1, _BATCH_ELEMENTS // (longest * table.rows.shape[1]))
+            part, real = index[start:stop, : sizes[start]], filled[start:stop, : sizes[start]]
+            keys, values = table.pick(entries[start:stop, :longest])
+            out, log_sum = _attention(rows[part], keys, values, log_size[start:stop, :longest], scale)
+            output[part[real]] = out[real]
+            lse[part[real]] = log_sum[real]
+            start = stop
     return output.view_as(query).to(query.dtype), lse.view(query.shape[:-1])
 
 
@@ -67,6 +76,12 @@ class _Members:
         first = torch.arange(len(order), device=labels.device).unsqueeze(1) * labels.shape[-1]
         return cls((order + first).reshape(-1), (ends[:, :-1] + first).reshape(-1), sizes.reshape(-1))
 
+    def by_size(self, lengths: Tensor, piece: int) -> tuple[Tensor, ...]:
+        """List the clusters that have rows and something to read, the largest first, in pieces of at most ``piece``."""
+        order = self.sizes.argsort(descending=True, stable=True)
+        order = order[(self.sizes[order] > 0) & (lengths[order] > 0)]
+        return order.split(piece) if len(order) else ()
+
     def padded(self, clusters: Tensor) -> tuple[Tensor, Tensor]:
         """List rows as ``[clusters, most]``, and say which entries are real."""
         sizes = self.sizes[clusters].unsqueeze(1)
@@ -80,12 +95,13 @@ class _Table:
     """All that can be read.
 
     Attributes:
-        rows: ``[entries, 2 * head_dim]`` key and value: tokens sorted by cluster, head after head; then the means of all
-            clusters; then the means of rests.
+        rows: ``[entries, 2 * head_dim]`` key and value of all tokens, then the means of all clusters, then the means of
+            rests.
         log_size: ``[entries]`` log of how many tokens an entry stands for.
         sizes: ``[all heads, k_clusters]`` tokens of each cluster.
-        labels: ``[all heads, k_tokens]`` cluster of each token in sorted order; padding has ``k_clusters``.
-        rank: ``[all heads, k_tokens]`` its position within the cluster.
+        tokens: ``[all heads, k_tokens]`` entries of the tokens in the order of clusters.
+        labels: ``[all heads, k_tokens]`` their clusters; padding has ``k_clusters``.
+        rank: ``[all heads, k_tokens]`` their positions within the cluster.
         reads: ``[all query clusters, k_clusters]``.
         means: ``[all query clusters, k_clusters]`` the entry that stands for what is skipped; ``None`` without
             compensation.
@@ -94,6 +110,7 @@ class _Table:
     rows: Tensor
     log_size: Tensor
     sizes: Tensor
+    tokens: Tensor
     labels: Tensor
     rank: Tensor
     reads: Tensor
@@ -103,33 +120,34 @@ class _Table:
     def of(cls, key: Tensor, value: Tensor, labels: Tensor, reads: Tensor, compensate: bool) -> _Table:
         """Make the table."""
         q_clusters, k_clusters = reads.shape[-2:]
-        tokens, dim = key.shape[2:]
+        tokens = key.shape[2]
         sizes, order, ends = _sorted(labels, k_clusters)
-        heads = len(sizes)
-        flat_reads = reads.reshape(-1, k_clusters)
-        position = (order + torch.arange(heads, device=key.device).unsqueeze(1) * tokens).reshape(-1)
-        pairs = torch.cat(
-            [accurate(part).reshape(-1, dim).index_select(0, position) for part in (key, value)], dim=1
-        )
-        in_order = labels.reshape(-1)[position].view(heads, tokens)
+        entries = order + torch.arange(len(sizes), device=key.device).unsqueeze(1) * tokens
+        in_order = torch.gather(labels.view_as(order), 1, order)
         rank = torch.arange(tokens, device=key.device) - torch.gather(ends, 1, in_order.clamp_min(0))
         in_order = in_order.masked_fill(in_order < 0, k_clusters)
-        parts, log_sizes, means = [pairs], [pairs.new_zeros(len(pairs))], None
+        flat_reads = reads.reshape(-1, k_clusters)
+        rows = torch.cat([accurate(key), accurate(value)], dim=-1).view(order.numel(), -1)
+        log_size, means = rows.new_zeros(len(rows)), None
         if compensate:
-            parts += [segment_mean(part, labels, k_clusters).view(-1, dim) for part in (key, value)]
-            parts[1:] = [torch.cat(parts[1:], dim=1).to(pairs.dtype)]
-            log_sizes.append(sizes.reshape(-1).to(pairs.dtype).log())
+            whole = torch.cat([segment_mean(part, labels, k_clusters) for part in (key, value)], dim=-1)
             head = torch.arange(len(flat_reads), device=key.device) // q_clusters
-            means = (
-                (head * k_clusters).unsqueeze(1) + torch.arange(k_clusters, device=key.device) + len(pairs)
-            )
+            means = (head * k_clusters).unsqueeze(1) + torch.arange(k_clusters, device=key.device) + len(rows)
             row, cluster = ((flat_reads > 0) & (flat_reads < sizes[head])).nonzero().unbind(1)
-            stop = ends[head[row], cluster + 1]
-            start = ends[head[row], cluster] + flat_reads[row, cluster]
-            means[row, cluster] = torch.arange(len(row), device=key.device) + len(pairs) + sizes.numel()
-            parts.append(_run_means(pairs.view(heads, tokens, -1), head[row], start, stop))
-            log_sizes.append((stop - start).to(pairs.dtype).log())
-        return cls(torch.cat(parts), torch.cat(log_sizes), sizes, in_order, rank, flat_reads, means)
+            means[row, cluster] = torch.arange(len(row), device=key.device) + len(rows) + sizes.numel()
+            left = sizes[head[row], cluster] - flat_reads[row, cluster]
+            start = head[row] * tokens + ends[head[row], cluster + 1] - left
+            rests = _run_means(rows, entries.view(-1), start, left)
+            rows = torch.cat([rows, whole.view(sizes.numel(), -1).to(rows.dtype), rests])
+            log_size = torch.cat(
+                [log_size, *(size.to(rows.dtype).log() for size in (sizes.reshape(-1), left))]
+            )
+        return cls(rows, log_size, sizes, entries, in_order, rank, flat_reads, means)
+
+    @property
+    def width(self) -> int:
+        """How many entries a query cluster may read."""
+        return self.labels.shape[1] + (0 if self.means is None else self.means.shape[1])
 
     def lengths(self) -> Tensor:
         """How many entries each query cluster reads."""
@@ -139,32 +157,35 @@ class _Table:
         head = self._head(torch.arange(len(self.reads), device=self.reads.device))
         return lengths + (self.reads < self.sizes[head]).sum(1)
 
-    def pick(self, clusters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gather what some query clusters read, padded to the longest.
+    def find(self, clusters: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+        """List what some query clusters read.
 
         Returns:
-            Keys and values ``[clusters, entries, head_dim]``, and what to add to their logits ``[clusters, entries]``:
-            the log of how many tokens an entry stands for, ``-inf`` for padding.
+            Entries ``[clusters, most]``; what to add to their logits ``[clusters, most]``: the log of how many tokens an
+            entry stands for, ``-inf`` past a cluster's own; how many each cluster has.
         """
         head = self._head(clusters)
         reads, labels = self.reads[clusters], self.labels[head]
         # Of padding, whose ranks are negative, nothing is read.
         limit = torch.nn.functional.pad(reads, (0, 1), value=-labels.shape[1])
-        chosen = self.rank[head] < torch.gather(limit, 1, labels)
-        entry = head.unsqueeze(1) * labels.shape[1] + torch.arange(labels.shape[1], device=head.device)
+        chosen, entry = self.rank[head] < torch.gather(limit, 1, labels), self.tokens[head]
         if self.means is not None:
             chosen = torch.cat([chosen, reads < self.sizes[head]], dim=1)
             entry = torch.cat([entry, self.means[clusters]], dim=1)
-        row, column = chosen.nonzero().unbind(1)
+        row = chosen.nonzero()[:, 0]
         lengths = chosen.sum(1)
         place = torch.arange(len(row), device=row.device) - (lengths.cumsum(0) - lengths)[row]
-        index = row.new_zeros(len(clusters), int(lengths.max()))
-        index[row, place] = entry[row, column]
-        log_size = self.log_size[index]
-        log_size[torch.arange(index.shape[1], device=row.device) >= lengths.unsqueeze(1)] = -torch.inf
-        picked = self.rows.index_select(0, index.view(-1)).view(*index.shape, -1)
+        found = row.new_zeros(len(clusters), int(lengths.max()))
+        found[row, place] = entry[chosen]
+        log_size = self.log_size[found]
+        log_size[torch.arange(found.shape[1], device=row.device) >= lengths.unsqueeze(1)] = -torch.inf
+        return found, log_size, lengths.tolist()
+
+    def pick(self, entries: Tensor) -> tuple[Tensor, Tensor]:
+        """Gather keys and values ``[clusters, entries, head_dim]``."""
+        picked = self.rows.index_select(0, entries.reshape(-1)).view(*entries.shape, -1)
         keys, values = picked.chunk(2, dim=2)
-        return keys, values, log_size
+        return keys, values
 
     def _head(self, clusters: Tensor) -> Tensor:
         return clusters // (len(self.reads) // len(self.sizes))
@@ -201,22 +222,10 @@ def _sorted(labels: Tensor, num_clusters: int) -> tuple[Tensor, Tensor, Tensor]:
     return sizes, order, torch.cat([outside, sizes], dim=1).cumsum(1)
 
 
-def _run_means(rows: Tensor, head: Tensor, start: Tensor, stop: Tensor) -> Tensor:
-    """Average runs of rows; through running sums in float64, since differences of sums cancel."""
-    running = torch.nn.functional.pad(rows.double().cumsum(1), (0, 0, 1, 0))
-    sums = running[head, stop] - running[head, start]
-    return (sums / (stop - start).unsqueeze(1)).to(rows.dtype)
-
-
-def _batches(sizes: Tensor, lengths: Tensor, width: int) -> list[Tensor]:
-    """Group query clusters of about equal size, so that little is padded and a batch is of a bounded size."""
-    order = sizes.argsort(descending=True, stable=True)
-    order = order[(sizes[order] > 0) & (lengths[order] > 0)]
-    batches: list[Tensor] = []
-    start, longest = 0, 0
-    for stop, length in enumerate(lengths[order].tolist()):
-        longest = max(longest, length)
-        if stop > start and (stop - start + 1) * longest * width > _BATCH_ELEMENTS:
-            batches.append(order[start:stop])
-            start, longest = stop, length
-    return [*batches, order[start:]] if len(order) else []
+def _run_means(rows: Tensor, order: Tensor, start: Tensor, length: Tensor) -> Tensor:
+    """Average ``length`` rows from ``start`` on, in the given order of rows."""
+    owner = torch.arange(len(start), device=rows.device).repeat_interleave(length)
+    within = torch.arange(len(owner), device=rows.device) - (length.cumsum(0) - length)[owner]
+    members = rows.index_select(0, order[start[owner] + within])
+    # One head of one "sample": the segments are numbered through already.
+    return segment_mean(members[None, None], owner[None, None], len(start))[0, 0].to(rows.dtype)
