@@ -83,7 +83,7 @@ def test_every_self_attention_call_is_counted_and_no_other(family):
     assert report.calls == report.sparse_calls == 3 * calls
     assert report.dense_calls == {}
     assert [len(row) for row in report.density_by_step_layer] == [2, 2, 2]
-    assert 0.1 < report.density < 0.25
+    assert 0.09 < report.density < 0.2
     assert report.state_bytes > 0
     assert report.seconds["plan"] > 0
     assert report.seconds["attend"] > 0

@@ -24,7 +24,7 @@ GENERATION = {
     "height": 112,
     "width": 192,
     "num_frames": 49,
-    "num_inference_steps": 12,
+    "num_inference_steps": 10,
     "guidance_scale": 1.0,
     "max_sequence_length": 64,
 }
