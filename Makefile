@@ -1,6 +1,8 @@
 # Everything installs into .venv; every target does its own set-up.
 VENV := .venv
-PYTHON ?= $(shell command -v python3.13 || command -v python3.12 || command -v python3.11 || command -v python3)
+# The first that runs and is new enough: a name on the PATH alone proves nothing (version managers put up stubs).
+PYTHON ?= $(shell for candidate in python3 python3.13 python3.12 python3.11; do \
+	$$candidate -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$candidate && break; done)
 BIN := $(VENV)/bin
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo yes)
 THREADS := $(shell nproc 2>/dev/null || echo 2)
@@ -36,7 +38,7 @@ clean:
 
 # torch comes first: a bare `torch` would bring gigabytes of CUDA to a machine without a GPU.
 $(VENV)/.torch:
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "adamac needs Python 3.11 or newer; set PYTHON=")'
+	@test -n "$(PYTHON)" || { echo "adamac needs Python 3.11 or newer with venv; set PYTHON=/path/to/python3" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 ifeq ($(HAS_GPU),yes)
 	$(BIN)/pip install -q 'torch>=2.11'
