@@ -99,6 +99,11 @@ def test_large_logits_do_not_overflow(impl, device):
     assert_right((100 * query, key, *rest), impl, compensate=True)
 
 
+def test_the_products_that_run_anywhere_keep_the_error_budget_too(device, monkeypatch):
+    monkeypatch.setattr(gather_module, "_fused", gather_module._eager)
+    assert_right(case(2, 2, 100, 64, 5, 9, device=device), "gather", compensate=True)
+
+
 @pytest.mark.parametrize("elements", [1, 20_000, 1 << 30])
 def test_how_query_clusters_are_batched_does_not_matter(elements, device, monkeypatch):
     monkeypatch.setattr(gather_module, "_BATCH_ELEMENTS", elements)

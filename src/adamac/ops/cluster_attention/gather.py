@@ -195,16 +195,28 @@ def _attention(
     query: Tensor, key: Tensor, value: Tensor, log_size: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Attend from ``[clusters, rows, head_dim]`` to ``[clusters, entries, head_dim]``; also the log-sum-exp."""
-    if query.device.type == "cpu":
-        # torch's own CPU kernel, called by the name under which it also gives the log-sum-exp.
-        output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query.unsqueeze(1),
-            key.unsqueeze(1),
-            value.unsqueeze(1),
-            attn_mask=log_size[:, None, None],
-            scale=scale,
-        )
-        return output.squeeze(1), lse.squeeze(1)
+    run = _fused if query.device.type == "cpu" else _eager
+    return run(query, key, value, log_size, scale)
+
+
+def _fused(
+    query: Tensor, key: Tensor, value: Tensor, log_size: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Use torch's own CPU kernel, called by the name under which it also gives the log-sum-exp."""
+    output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query.unsqueeze(1),
+        key.unsqueeze(1),
+        value.unsqueeze(1),
+        attn_mask=log_size[:, None, None],
+        scale=scale,
+    )
+    return output.squeeze(1), lse.squeeze(1)
+
+
+def _eager(
+    query: Tensor, key: Tensor, value: Tensor, log_size: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Use plain products, which run anywhere."""
     logits = torch.baddbmm(log_size.unsqueeze(1), query, key.transpose(1, 2), alpha=scale)
     return logits.softmax(-1) @ value, logits.logsumexp(-1)
 
