@@ -410,6 +410,23 @@ def test_attention_that_goes_past_us_is_counted_or_raised(monkeypatch):
         run_wan(pipe, steps=1)
 
 
+def test_causal_attention_is_left_alone_and_counted(monkeypatch):
+    pipe = wan_pipe()
+    from diffusers.models.transformers import transformer_wan
+
+    def causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **_: Any) -> torch.Tensor:
+        parts = (part.transpose(1, 2) for part in (query, key, value))
+        same = query.shape[1] == key.shape[1]  # cross-attention is not causal
+        output = torch.nn.functional.scaled_dot_product_attention(*parts, is_causal=same)
+        return output.transpose(1, 2)
+
+    monkeypatch.setattr(transformer_wan, "dispatch_attention_fn", causal)
+    stock = run_wan(pipe, steps=1)
+    with enable(pipe, SMALL, ALWAYS) as handle:
+        assert torch.equal(run_wan(pipe, steps=1), stock)
+        assert handle.report().dense_calls == {"unsupported: attention with is_causal is not supported": 4}
+
+
 def test_a_mask_that_cannot_be_honoured_runs_dense_with_a_reason_or_raises():
     transformer = wan_transformer()
     attention = transformer.blocks[0].attn1

@@ -244,9 +244,8 @@ class Handle:
             "dense", query.device, lambda: sdpa(query, key, value, attn_mask=mask, scale=scale)
         )
 
-    def _bypassed(self, layer: int) -> None:
-        """Take down a call that never reached ``scaled_dot_product_attention``."""
-        problem = "the attention back end does not call scaled_dot_product_attention; set it to 'native'"
+    def _bypassed(self, layer: int, problem: str) -> None:
+        """Take down a call that went past us."""
         if self._strict:
             raise ValueError(f"layer {layer}: {problem}")
         self._record(layer, f"unsupported: {problem}")

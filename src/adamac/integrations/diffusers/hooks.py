@@ -67,7 +67,7 @@ class AttentionHook(ModelHook):
     def __init__(
         self,
         attention: Callable[[int, int, int, Tensor, Tensor, Tensor, Tensor | None, float | None], Tensor],
-        on_bypass: Callable[[int], None],
+        on_bypass: Callable[[int, str], None],
         layer: int,
     ) -> None:
         super().__init__()
@@ -93,8 +93,8 @@ class AttentionHook(ModelHook):
         mode = _ReplaceAttention(attention)
         with mode:
             output = self.fn_ref.original_forward(*args, **kwargs)  # ty: ignore[not-callable]: set on registration
-        if not mode.seen:
-            self._on_bypass(self._layer)
+        if mode.problem is not None:
+            self._on_bypass(self._layer, mode.problem)
         return output
 
 
@@ -104,7 +104,10 @@ class _ReplaceAttention(TorchFunctionMode):
     def __init__(self, attention: Attention) -> None:
         super().__init__()
         self._attention = attention
-        self.seen = False
+        # Why attention went past us; stays if scaled_dot_product_attention is never called.
+        self.problem: str | None = (
+            "the attention back end does not call scaled_dot_product_attention; set it to 'native'"
+        )
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -112,13 +115,15 @@ class _ReplaceAttention(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is not _SDPA:
             return func(*args, **kwargs)
-        self.seen = True
         named = (
             dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), args, strict=False))
             | kwargs
         )
-        if named.get("dropout_p") or named.get("is_causal") or named.get("enable_gqa"):
+        odd = [name for name in ("dropout_p", "is_causal", "enable_gqa") if named.get(name)]
+        if odd:
+            self.problem = f"attention with {', '.join(odd)} is not supported"
             return func(*args, **kwargs)
+        self.problem = None
         return self._attention(
             named["query"], named["key"], named["value"], named.get("attn_mask"), named.get("scale")
         )
