@@ -25,7 +25,8 @@ from adamac.bakeoff.metrics.plan import DenseRows
 KEEPS = (0.08, 0.15, 0.3)
 BOX = (3, 6, 7)  # 126 tokens
 
-ADACLUSTER = AdaCluster()
+# The score is pinned so that an arm is what its name says, whatever the default becomes.
+ADACLUSTER = AdaCluster(score="centroid")
 # Each is tried at every budget, with and without compensation.
 METHODS: dict[str, Any] = {
     "clusters, centroid": ADACLUSTER,
