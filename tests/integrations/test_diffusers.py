@@ -90,6 +90,17 @@ def test_every_self_attention_call_is_counted_and_no_other(family):
     assert f"{report.sparse_calls} of {report.calls}" in str(report)
 
 
+def test_state_is_counted_once_a_layer_and_branch_and_does_not_grow_with_the_steps(family):
+    pipe, run, _ = family
+    held = []
+    for steps in (1, 3):
+        with enable(pipe, SMALL, ALWAYS) as handle:
+            run(pipe, steps=steps)
+            run(pipe, steps=steps)
+            held.append(handle.report().state_bytes)
+    assert held[0] == held[1] > 0
+
+
 def test_the_same_seed_gives_the_same_video_after_another_and_after_an_aborted_one(family):
     pipe, run, _ = family
 

@@ -49,8 +49,7 @@ def refine(points: Tensor, former: Clusters, layout: Layout, *, iterations: int,
 
 def regroup(points: Tensor, former: Clusters) -> Clusters:
     """Keep the former step's partition, with the means of the new tokens."""
-    means = segment_mean(points, former.labels, former.num_clusters)
-    return replace(former, means=means, centroids=former.centroids)
+    return replace(former, means=segment_mean(points, former.labels, former.num_clusters))
 
 
 def as_clusters(points: Tensor, found: Lloyd, metric: Metric) -> Clusters:

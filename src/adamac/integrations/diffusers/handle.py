@@ -86,6 +86,7 @@ class Handle:
         self._ledger = Ledger()
         self._clock = Clock(lambda: getattr(pipe, "scheduler", None), num_steps)
         self._plans: dict[tuple[Any, ...], Plan] = {}
+        self._state_bytes = 0
         self._now = Moment(num_steps=num_steps)
         self._grid: tuple[int, int, int] | None = None
         self._current = 0
@@ -113,7 +114,7 @@ class Handle:
 
     def new_video(self) -> None:
         """Forget all plans and begin to count steps anew. A pipeline's videos are told apart without it."""
-        self._plans.clear()
+        self._forget_plans()
         self._clock.restart()
 
     def disable(self) -> None:
@@ -124,7 +125,7 @@ class Handle:
             registry = HookRegistry.check_if_exists_or_initialize(transformer)
             registry.remove_hook(_HOOK, recurse=False)
             _forget_children(registry)
-        self._plans.clear()
+        self._forget_plans()
 
     def _install(self) -> None:
         parts = list(zip(self._transformers, self._families, strict=True))
@@ -133,7 +134,7 @@ class Handle:
             _check_back_end(family, transformer)
         for index, (transformer, family) in enumerate(parts):
             registry = HookRegistry.check_if_exists_or_initialize(transformer)
-            registry.register_hook(TransformerHook(self._announce(index), self._plans.clear), _HOOK)
+            registry.register_hook(TransformerHook(self._announce(index), self._forget_plans), _HOOK)
             for layer, (_, module) in enumerate(family.modules(transformer)):
                 hook = AttentionHook(self._attention, self._bypassed, layer)
                 HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, _HOOK)
@@ -145,7 +146,7 @@ class Handle:
 
         def on_call(branch: str, timestep: Any, latents: Tensor) -> None:
             if self._clock.starts_video(timestep):
-                self._plans.clear()
+                self._forget_plans()
                 self._ledger.begin_video()
             self._now = self._clock.tick(branch, timestep)
             self._grid = family.grid(transformer, latents)
@@ -186,15 +187,20 @@ class Handle:
     def _plan(self, layer: int, layout: Layout, query: Tensor, key: Tensor) -> Plan:
         # The transformer counts too: Wan 2.2's two transformers have layers of the same index.
         place = (self._current, layer, self._now.branch, tuple(query.shape))
+        former = self._plans.get(place)
         plan = self._ledger.timed(
-            "plan",
-            query.device,
-            lambda: self.method(query, key, layout=layout, previous=self._plans.get(place)),
+            "plan", query.device, lambda: self.method(query, key, layout=layout, previous=former)
         )
         # Only the shape of the former layout is needed, not its mask, which the next step brings again.
         self._plans[place] = replace(plan, layout=replace(plan.layout, valid=None))
-        self._ledger.held(sum(kept.state_bytes() for kept in self._plans.values()))
+        # A running total: adding up all layers at every call would cost more than the smallest calls themselves.
+        self._state_bytes += plan.state_bytes() - (0 if former is None else former.state_bytes())
+        self._ledger.held(self._state_bytes)
         return plan
+
+    def _forget_plans(self) -> None:
+        self._plans.clear()
+        self._state_bytes = 0
 
     def _layout(
         self, video_tokens: int, text_tokens: int, query: Tensor, key: Tensor, mask: Tensor | None

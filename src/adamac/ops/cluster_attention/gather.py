@@ -130,7 +130,7 @@ class _Table:
         rows = torch.cat([accurate(key), accurate(value)], dim=-1).view(order.numel(), -1)
         log_size, means = rows.new_zeros(len(rows)), None
         if compensate:
-            whole = torch.cat([segment_mean(part, labels, k_clusters) for part in (key, value)], dim=-1)
+            whole = segment_mean(rows.view(*labels.shape, -1), labels, k_clusters)
             head = torch.arange(len(flat_reads), device=key.device) // q_clusters
             means = (head * k_clusters).unsqueeze(1) + torch.arange(k_clusters, device=key.device) + len(rows)
             row, cluster = ((flat_reads > 0) & (flat_reads < sizes[head])).nonzero().unbind(1)
@@ -138,7 +138,7 @@ class _Table:
             left = sizes[head[row], cluster] - flat_reads[row, cluster]
             start = head[row] * tokens + ends[head[row], cluster + 1] - left
             rests = _run_means(rows, entries.view(-1), start, left)
-            rows = torch.cat([rows, whole.view(sizes.numel(), -1).to(rows.dtype), rests])
+            rows = torch.cat([rows, whole.reshape(sizes.numel(), -1), rests])
             log_size = torch.cat(
                 [log_size, *(size.to(rows.dtype).log() for size in (sizes.reshape(-1), left))]
             )
