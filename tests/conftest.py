@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import hypothesis
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # before Triton is imported, which reads it once
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 hypothesis.settings.register_profile("adamac", deadline=None, max_examples=60, derandomize=True)
 hypothesis.settings.load_profile("adamac")

@@ -12,14 +12,9 @@ from torch import Tensor
 
 from adamac.attention.layout import Layout
 from adamac.attention.plan import Clusters, Plan
+from adamac.ops.error_budget import over_budget
 from adamac.ops.precision import accurate
-from adamac.ops.segment import segment_counts, segment_mean
-
-# How much more than the eager computation an implementation may err, how many roundings its result may cost, and how
-# far the oracle itself can be trusted, relative to the size of the result.
-_FACTOR = 2.0
-_ROUNDINGS = 4.0
-_TRUST = 1e-12
+from adamac.ops.segment import Segments, segment_mean
 
 
 def assert_within_error_budget(output: Tensor, oracle64: Tensor, eager: Tensor) -> None:
@@ -37,27 +32,8 @@ def assert_within_error_budget(output: Tensor, oracle64: Tensor, eager: Tensor) 
     assert output.shape == oracle64.shape == eager.shape, (
         f"shapes differ: output {tuple(output.shape)}, oracle {tuple(oracle64.shape)}, eager {tuple(eager.shape)}"
     )
-    finite = oracle64.isfinite()
-    assert torch.equal(output[~finite].double(), oracle64[~finite]), (
-        "output is not infinite where the oracle is"
-    )
-    if not finite.any():
-        return
-    truth = oracle64[finite]
-    error, allowed = output[finite].double() - truth, eager[finite].double() - truth
-    rounding = max(_TRUST, _ROUNDINGS * torch.finfo(eager.dtype).eps)
-    for name, size in (("root mean square", _root_mean_square), ("largest", _largest)):
-        budget = _FACTOR * size(allowed) + rounding * size(truth)
-        # Written so that NaN fails.
-        assert size(error) <= budget, f"{name} error {size(error):.3g} is over the budget of {budget:.3g}"
-
-
-def _root_mean_square(values: Tensor) -> float:
-    return float(values.square().mean().sqrt())
-
-
-def _largest(values: Tensor) -> float:
-    return float(values.abs().amax())
+    problem = over_budget(output, oracle64, eager)
+    assert problem is None, problem
 
 
 def attention_like(
@@ -156,16 +132,17 @@ def _random_clusters(
     valid = layout.video_valid()
     if valid is not None:
         labels = labels.masked_fill(~valid, -1)
-    means = segment_mean(accurate(points), labels, num_clusters)
-    return Clusters(labels, segment_counts(labels, num_clusters), means, means)
+    members = Segments(labels, num_clusters)
+    means = segment_mean(accurate(points), members)
+    return Clusters(members, means, means)
 
 
 def eager_cluster_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    q_labels: Tensor,
-    k_labels: Tensor,
+    queries: Segments,
+    keys: Segments,
     reads: Tensor,
     *,
     compensate: bool,
@@ -174,17 +151,17 @@ def eager_cluster_attention(
     """Compute cluster attention densely, every step in the dtype of the inputs.
 
     In float64 it is the oracle, in the tested dtype the eager computation of :func:`assert_within_error_budget`. It shares
-    no code with the implementations and computes in another way: a skipped token is replaced by the mean of the skipped
-    tokens of its cluster, and then attended like any other.
+    no code with the implementations and computes in another way: a skipped token is replaced by the mean of its cluster,
+    and then attended like any other.
 
     Args:
         query: As in :func:`adamac.ops.cluster_attention.cluster_attention`, and so are the rest.
         key: ``[batch, heads, k_tokens, head_dim]``.
         value: ``[batch, heads, k_tokens, head_dim]``.
-        q_labels: ``[batch, heads, q_tokens]``.
-        k_labels: ``[batch, heads, k_tokens]``.
+        queries: Clusters of the queries.
+        keys: Clusters of the keys.
         reads: ``[batch, heads, q_clusters, k_clusters]``.
-        compensate: Whether skipped tokens enter through their mean.
+        compensate: Whether skipped tokens enter through their cluster's means.
         scale: Multiplier on the logits.
 
     Returns:
@@ -195,20 +172,17 @@ def eager_cluster_attention(
         torch.cartesian_prod(*map(torch.arange, reads.shape[:3])).reshape(-1, 3).tolist()
     ):
         at = (sample, head)
-        rows = q_labels[at] == cluster
-        keys, values, used = (
-            key[at].clone(),
-            value[at].clone(),
-            torch.zeros_like(k_labels[at], dtype=torch.bool),
-        )
+        rows = queries.labels[at] == cluster
+        own_key, own_value = key[at].clone(), value[at].clone()
+        used = torch.zeros_like(keys.labels[at], dtype=torch.bool)
         for k_cluster, count in enumerate(reads[at][cluster].tolist()):
-            members = (k_labels[at] == k_cluster).nonzero().squeeze(1)
+            members = (keys.labels[at] == k_cluster).nonzero().squeeze(1)
             skipped = members[count:]
             used[members if compensate else members[:count]] = True
             if len(skipped):
-                keys[skipped], values[skipped] = keys[skipped].mean(0), values[skipped].mean(0)
+                own_key[skipped], own_value[skipped] = key[at][members].mean(0), value[at][members].mean(0)
         if rows.any() and used.any():
-            logits = query[at][rows] @ keys[used].T * scale
-            output[at][rows] = logits.softmax(-1) @ values[used]
+            logits = query[at][rows] @ own_key[used].T * scale
+            output[at][rows] = logits.softmax(-1) @ own_value[used]
             lse[at][rows] = logits.logsumexp(-1)
     return output, lse

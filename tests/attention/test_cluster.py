@@ -60,7 +60,7 @@ def test_refining_goes_on_where_the_former_step_stopped(metric):
     layout = Layout.video_only(300)
     four = cluster_tokens(points, 12, layout, iterations=4, metric=metric, seed=0)
     three = cluster_tokens(points, 12, layout, iterations=3, metric=metric, seed=0)
-    again = refine(points, three, layout, iterations=1, metric=metric)
+    again = refine(points, three.centroids, layout, iterations=1, metric=metric)
     assert torch.equal(again.labels, four.labels)
     assert torch.equal(again.centroids, four.centroids)
 

@@ -9,22 +9,26 @@ from hypothesis import strategies as st
 
 from adamac.attention import Layout
 from adamac.attention.layout import check_attention_inputs
+from adamac.ops.segment import Segments
 
 
 @given(before=st.integers(0, 5), video=st.integers(1, 20), after=st.integers(0, 5), padded=st.booleans())
-def test_every_token_is_labelled_as_video_text_or_padding(before, video, after, padded):
+def test_text_is_one_more_segment_and_padding_is_in_none(before, video, after, padded):
     tokens = before + video + after
     valid = torch.rand(2, tokens) < 0.6 if padded else None
     layout = Layout(tokens, before, before + video, valid=valid)
-    video_labels = torch.arange(video).expand(2, 3, video)
-    labels = layout.label(video_labels, text_label=99)
-    expected = torch.full((2, 3, tokens), 99)
-    expected[:, :, before : before + video] = video_labels
+    labels = (torch.arange(video) * 7 % 5).expand(2, 3, video)
+    if padded:
+        labels = labels.masked_fill(~layout.video_valid(), -1)
+    expected = torch.full((2, 3, tokens), 5)
+    expected[:, :, before : before + video] = labels
     if valid is not None:
         expected[~valid.unsqueeze(1).expand_as(expected)] = -1
-    assert torch.equal(labels, expected)
+    whole, sorted_again = layout.with_text(Segments(labels, 5)), Segments(expected, 6)
+    assert torch.equal(whole.labels, expected)
+    assert torch.equal(whole.starts, sorted_again.starts)
+    assert torch.equal(whole.order, sorted_again.order)
     assert layout.video_tokens + layout.text_tokens == tokens
-    assert torch.equal(layout.video(labels.unsqueeze(-1)).squeeze(-1), labels[:, :, before : before + video])
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 0), (3, 3), (-1, 4), (4, 3), (0, 11)])

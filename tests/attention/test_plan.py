@@ -9,6 +9,7 @@ import torch
 from masks import exact_pairs, skipped_clusters, valid_tokens
 
 from adamac.attention import Layout, Plan
+from adamac.ops.segment import Segments
 from adamac.testing import attention_like, fake_plan
 
 PADDED = torch.tensor([[True] * 40, [True] * 22 + [False] * 9 + [True] * 4 + [False] * 5])
@@ -59,12 +60,17 @@ def test_state_is_the_bytes_of_all_tensors(plan):
     clusters = (plan.queries, plan.keys)
     tensors = [plan.reads, *(tensor for c in clusters for tensor in (c.labels, c.counts, c.means))]
     assert plan.state_bytes() == sum(tensor.nbytes for tensor in tensors)
+    lists = (plan.keys.members.order, plan.keys.members.starts)  # what is made on demand is held from then on
+    assert plan.state_bytes() == sum(tensor.nbytes for tensor in (*tensors, *lists))
     apart = replace(plan.keys, centroids=plan.keys.means.clone())
     assert replace(plan, keys=apart).state_bytes() == plan.state_bytes() + apart.centroids.nbytes
 
 
-def broken(plan: Plan, side: str, **changes) -> Plan:
-    return replace(plan, **{side: replace(getattr(plan, side), **changes)})
+def broken(plan: Plan, side: str, labels: torch.Tensor, counts: torch.Tensor | None = None) -> Plan:
+    members = Segments(labels, getattr(plan, side).num_clusters)
+    if counts is not None:
+        members.counts = counts
+    return replace(plan, **{side: replace(getattr(plan, side), members=members)})
 
 
 @pytest.mark.parametrize("side", ["queries", "keys"])
@@ -73,18 +79,25 @@ def test_check_finds_what_is_broken(side):
     plan = fake_plan(query, key, LAYOUTS["padding"])
     clusters = getattr(plan, side)
     with pytest.raises(ValueError, match=f"{side} label 26 tokens, the video has 27"):
-        broken(plan, side, labels=clusters.labels[..., 1:]).check()
+        broken(plan, side, clusters.labels[..., 1:]).check()
     with pytest.raises(ValueError, match=f"{side} labels must lie in -1"):
-        broken(plan, side, labels=clusters.labels.masked_fill(clusters.labels == 0, 99)).check()
+        broken(plan, side, clusters.labels.masked_fill(clusters.labels == 0, 99)).check()
     with pytest.raises(ValueError, match=f"{side} counts differ from the labels"):
-        broken(plan, side, counts=clusters.counts.flip(-1)).check()
+        broken(plan, side, clusters.labels, clusters.counts.flip(-1)).check()
     counts = clusters.counts.clone()
     counts[..., 0] += (clusters.labels < 0).sum(-1)
     with pytest.raises(ValueError, match=f"{side}: exactly the padding must be labelled -1"):
-        broken(plan, side, labels=clusters.labels.clamp_min(0), counts=counts).check()
+        broken(plan, side, clusters.labels.clamp_min(0), counts).check()
 
 
 def test_check_finds_reads_beyond_a_cluster(plan):
     for reads in (plan.reads - 1, plan.reads + plan.keys.counts.unsqueeze(-2) + 1):
         with pytest.raises(ValueError, match="reads must lie between 0 and the size of the key cluster"):
             replace(plan, reads=reads).check()
+
+
+def test_check_finds_a_row_that_reads_more_than_most(plan):
+    most = int(plan.reads.sum(-1).max())
+    replace(plan, most=most).check()
+    with pytest.raises(ValueError, match=f"a row reads {most} tokens, more than most"):
+        replace(plan, most=most - 1).check()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from adamac.attention import AdaCluster, Clusters, Tokens, TopK, TopP
 from adamac.attention.select import score_clusters
-from adamac.ops.segment import segment_counts, segment_mean
+from adamac.ops.segment import Segments, segment_mean
 from adamac.testing import attention_like, fake_plan
 
 
@@ -127,8 +127,8 @@ def test_budgets_and_scores_out_of_range_are_refused(make, message):
 
 
 def clusters_of(points: torch.Tensor, labels: torch.Tensor, num_clusters: int) -> Clusters:
-    means = segment_mean(points, labels, num_clusters)
-    return Clusters(labels, segment_counts(labels, num_clusters), means, means)
+    members = Segments(labels, num_clusters)
+    return Clusters(members, segment_mean(points, members))
 
 
 def test_quest_bounds_every_logit_of_the_cluster_from_above():

@@ -23,6 +23,7 @@ from tiny import (
 import adamac
 from adamac.attention import AdaCluster, BlockTopK, Dense, Layout, Plan, Schedule, Tokens
 from adamac.integrations.diffusers import UnsupportedModelError, enable, inspect
+from adamac.integrations.diffusers.padding import TextLengths, common_length
 
 ALWAYS = Schedule(first=0, min_tokens=1)
 SMALL = AdaCluster(query_clusters=8, key_clusters=16, max_key_clusters=64, outlier_factor=float("inf"))
@@ -81,7 +82,7 @@ def test_every_self_attention_call_is_counted_and_no_other(family):
         run(pipe, steps=3)
         report = handle.report()
     assert report.calls == report.sparse_calls == 3 * calls
-    assert report.dense_calls == {}
+    assert report.dense_calls == report.dense_impl == {}
     assert [len(row) for row in report.density_by_step_layer] == [2, 2, 2]
     assert 0.09 < report.density < 0.2
     assert report.state_bytes > 0
@@ -152,6 +153,119 @@ def test_samples_with_differently_padded_text_do_not_influence_each_other():
         changed = run_hunyuan(pipe, prompt_embeds=embeds)
     assert error(changed[0], both[0]) < 1e-5
     assert error(changed[1], both[1]) > 1e-4
+
+
+def padded_to(length: int) -> torch.Tensor:
+    """A mask of two samples whose texts are both so long, of 12 tokens."""
+    return (torch.arange(12) < length).long().expand(2, -1).clone()
+
+
+def masked(handle: Any) -> Any:
+    """Make the handle mask padding as if it could not tell its length."""
+    handle._text_lengths = TextLengths(lambda mask: None)
+    return handle
+
+
+@pytest.mark.parametrize("length", [1, 5, 12])
+@pytest.mark.parametrize("method", [SMALL, Dense()], ids=["sparse", "dense"])
+def test_text_of_one_length_is_cut_off_and_the_video_is_as_if_it_were_masked(method, length):
+    pipe, mask = hunyuan_pipe(), padded_to(length)
+    with enable(pipe, method, ALWAYS) as handle:
+        cut = run_hunyuan(pipe, prompt_attention_mask=mask)
+        assert handle.report().dense_impl == ({"native": 8} if method == Dense() else {})
+    with masked(enable(pipe, method, ALWAYS)) as handle:
+        assert error(cut, run_hunyuan(pipe, prompt_attention_mask=mask)) < 1e-5
+        expected = {"native, padding masked": 8} if method == Dense() else {}
+        assert handle.report().dense_impl == expected
+    if method == Dense():
+        assert error(cut, run_hunyuan(pipe, prompt_attention_mask=mask)) < 1e-5
+
+
+def test_the_method_sees_no_padding_that_was_cut_off():
+    pipe, spy = hunyuan_pipe(), Spy()
+    with enable(pipe, spy, ALWAYS):
+        run_hunyuan(pipe, steps=2, prompt_attention_mask=padded_to(5))
+    for layout, _ in spy.seen:
+        assert (layout.tokens, layout.video_start, layout.video_stop) == (245, 0, 240)
+        assert layout.grid == (3, 8, 10)
+        assert layout.valid is None
+    assert [previous is None for _, previous in spy.seen] == [True] * 2 + [False] * 2
+
+
+def test_the_length_of_the_text_is_read_once_a_video_and_prompt():
+    pipe, read = hunyuan_pipe(), []
+
+    def reader(mask: torch.Tensor) -> int | None:
+        read.append(common_length(mask))
+        return read[-1]
+
+    negative = dict(
+        negative_prompt_embeds=torch.randn(2, 12, 16),
+        negative_pooled_prompt_embeds=torch.randn(2, 8),
+        negative_prompt_attention_mask=padded_to(3),
+        true_cfg_scale=2.0,
+    )
+    with enable(pipe, SMALL, ALWAYS) as handle:
+        handle._text_lengths = TextLengths(reader)
+        run_hunyuan(pipe, prompt_attention_mask=padded_to(5))
+        assert read == [5]
+        run_hunyuan(pipe, prompt_attention_mask=padded_to(7))  # a new prompt
+        assert read == [5, 7]
+        run_hunyuan(pipe, prompt_attention_mask=padded_to(7), **negative)
+        assert read == [5, 7, 7, 3]
+
+
+def test_a_longer_prompt_after_a_shorter_one_is_read_whole():
+    def run(pipe: Any, length: int) -> torch.Tensor:
+        return run_hunyuan(pipe, prompt_attention_mask=padded_to(length))
+
+    pipe = hunyuan_pipe()
+    with enable(pipe, SMALL, ALWAYS):
+        run(pipe, 3)
+        after = run(pipe, 9)
+    with enable(pipe, SMALL, ALWAYS):
+        assert torch.equal(run(pipe, 9), after)
+        assert error(run(pipe, 3), after) > 1e-5
+
+
+def test_texts_of_different_lengths_or_with_holes_stay_masked():
+    pipe, holes = hunyuan_pipe(), padded_to(5)
+    holes[:, 2] = 0
+    for mask in (None, holes):
+        more = {} if mask is None else {"prompt_attention_mask": mask}
+        stock = run_hunyuan(pipe, **more)
+        with enable(pipe, Dense(), ALWAYS) as handle:
+            assert error(run_hunyuan(pipe, **more), stock) < 1e-5
+            assert handle.report().dense_impl == {"native, padding masked": 8}
+            assert "by implementation: native, padding masked 8" in str(handle.report())
+
+
+def test_an_attention_module_called_by_itself_is_not_cut_by_what_the_last_video_said():
+    pipe = hunyuan_pipe()
+    attention = pipe.transformer.transformer_blocks[0].attn
+    mask = torch.ones(2, 1, 1, 252, dtype=torch.bool)
+    states = torch.randn(2, 240, 32), torch.randn(2, 12, 32), mask
+    with torch.no_grad():
+        stock = attention(*states)
+        with enable(pipe, Dense(), ALWAYS):
+            run_hunyuan(pipe, steps=1, prompt_attention_mask=padded_to(5))
+            for output, expected in zip(attention(*states), stock, strict=True):
+                assert error(output, expected) < 1e-5
+
+
+def test_arguments_given_by_position_are_understood():
+    transformer, spy = hunyuan_pipe().transformer, Spy()
+    inputs = (
+        torch.randn(2, 4, 3, 16, 20),
+        torch.full((2,), 500.0),
+        torch.randn(2, 12, 16),
+        padded_to(5),
+        torch.randn(2, 8),
+        torch.ones(2),
+    )
+    with torch.no_grad(), enable(transformer, spy, ALWAYS, num_steps=1):
+        transformer(*inputs)
+    assert [(layout.tokens, layout.grid) for layout, _ in spy.seen] == [(245, (3, 8, 10))] * 2
 
 
 def test_guidance_branches_keep_apart():
@@ -225,6 +339,7 @@ def test_short_videos_stay_dense_with_a_reason():
     with enable(pipe, SMALL, Schedule(first=0)) as handle:
         assert torch.equal(run_wan(pipe), stock)
         assert handle.report().dense_calls == {"schedule: fewer than 1024 video tokens": 16}
+        assert handle.report().dense_impl == {"native": 16}
 
 
 def test_a_layer_whose_keys_do_not_cluster_stays_dense_with_a_reason():

@@ -57,8 +57,8 @@ def test_k_means_never_raises_inertia(points):
 def test_centroids_are_the_means_of_their_members(points):
     found = kmeans(points, spread_tokens(points, 12, seed=0), iterations=2)
     for cluster in range(12):
-        members = points[1, 2][found.labels[1, 2] == cluster]
-        assert len(members) == found.counts[1, 2, cluster]
+        members = points[1, 2][found.members.labels[1, 2] == cluster]
+        assert len(members) == found.members.counts[1, 2, cluster]
         if len(members):
             torch.testing.assert_close(found.centroids[1, 2, cluster], members.mean(0))
 
@@ -67,9 +67,9 @@ def test_an_empty_cluster_keeps_its_centroid(points):
     start = spread_tokens(points, 6, seed=0)
     start[:, :, 2] = 1e3
     found = kmeans(points, start, iterations=3)
-    assert (found.counts[:, :, 2] == 0).all()
+    assert (found.members.counts[:, :, 2] == 0).all()
     assert torch.equal(found.centroids[:, :, 2], start[:, :, 2])
-    assert (found.labels != 2).all()
+    assert (found.members.labels != 2).all()
 
 
 def test_spherical_k_means_ignores_length(points):
@@ -77,13 +77,13 @@ def test_spherical_k_means_ignores_length(points):
     start = spread_tokens(points, 10, seed=0)
     plain = kmeans(points, start, iterations=4, metric="cosine")
     scaled = kmeans(points * lengths, start, iterations=4, metric="cosine")
-    assert torch.equal(plain.labels, scaled.labels)
+    assert torch.equal(plain.members.labels, scaled.members.labels)
     torch.testing.assert_close(plain.centroids, scaled.centroids)
 
 
 def test_spherical_centroids_lie_on_the_sphere(points):
     found = kmeans(points, spread_tokens(points, 10, seed=0), iterations=1, metric="cosine")
-    lengths = found.centroids[found.counts > 0].norm(dim=-1)
+    lengths = found.centroids[found.members.counts > 0].norm(dim=-1)
     torch.testing.assert_close(lengths, torch.ones_like(lengths))
 
 
@@ -92,11 +92,11 @@ def test_points_left_out_have_no_influence(points):
     start = spread_tokens(points, 8, seed=0, include=include)
     garbage = torch.where(include.unsqueeze(-1), points, 1e4)
     clean, dirty = (kmeans(each, start, iterations=3, include=include) for each in (points, garbage))
-    assert torch.equal(clean.labels, dirty.labels)
+    assert torch.equal(clean.members.labels, dirty.members.labels)
     assert torch.equal(clean.centroids, dirty.centroids)
-    assert torch.equal(clean.labels >= 0, include.expand_as(clean.labels))
-    assert clean.counts.sum(-1).eq(include.sum(-1)).all()
-    assert (distances(points, clean.labels, clean.centroids)[clean.labels < 0] == 0).all()
+    assert torch.equal(clean.members.labels >= 0, include.expand_as(clean.members.labels))
+    assert clean.members.counts.sum(-1).eq(include.sum(-1)).all()
+    assert (distances(points, clean.members.labels, clean.centroids)[clean.members.labels < 0] == 0).all()
 
 
 def test_half_precision_points_are_clustered_in_single(points):
@@ -125,3 +125,32 @@ def test_starting_tokens_take_part_and_are_spread_over_the_sequence(tokens, clus
     assert torch.equal(
         everywhere, spread_tokens(positions, clusters, seed, torch.ones(1, 1, tokens).bool()).flatten()
     )
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 8, 1), (2, 3, 63, 40, 5), (1, 2, 100, 128, 70), (1, 1, 33, 80, 16)]
+)
+def test_the_kernel_finds_a_centroid_as_near_as_the_nearest(shape, dtype, metric, device):
+    batch, heads, tokens, dim, clusters = shape
+    points = torch.randn(batch, tokens, heads, dim, device=device).to(dtype).transpose(1, 2)  # not contiguous
+    centroids = torch.randn(batch, heads, clusters, dim, device=device).to(dtype).float()  # nothing to round
+    if metric == "cosine":
+        centroids = torch.nn.functional.normalize(centroids, dim=-1).to(dtype).float()
+    labels = nearest(points, centroids, metric, impl="triton").long()
+    if metric == "cosine":
+        gain = points.double() @ torch.nn.functional.normalize(centroids.double(), dim=-1).transpose(-1, -2)
+    else:
+        gain = -torch.cdist(points.double(), centroids.double()).square() / 2
+    own = torch.gather(gain, -1, labels.unsqueeze(-1)).squeeze(-1)
+    # Sums of a few hundred products differ by their rounding; rounding unit centroids again moves them by the dtype's.
+    slack = 1e-4 if metric == "euclidean" else 4 * torch.finfo(dtype).eps
+    assert (own >= gain.amax(-1) - slack * points.double().norm(dim=-1).clamp_min(1) ** 2).all()
+
+
+def test_the_kernel_gives_ties_to_the_lower_index(device):
+    points = torch.ones(1, 1, 40, 16, device=device)
+    centroids = torch.ones(1, 1, 50, 16, device=device)
+    centroids[:, :, :3] = 5
+    assert (nearest(points, centroids, impl="triton") == 3).all()

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adamac.ops.segment import segment_counts, segment_mean, segment_min_max, segment_sum
+from adamac.ops.segment import Segments, segment_mean, segment_mean_variance, segment_min_max, segment_sum
 
 
 @st.composite
@@ -37,45 +37,105 @@ def by_loop(values, labels, segments, reduce):
 def test_counts_are_those_of_a_loop(case):
     values, labels, segments = case
     counted = by_loop(torch.ones_like(values), labels, segments, lambda rows: rows.sum(0))
-    assert torch.equal(segment_counts(labels, segments), counted[..., 0].long())
+    assert torch.equal(Segments(labels, segments).counts, counted[..., 0].long())
+
+
+@given(labelled())
+def test_lists_and_labels_say_the_same(case):
+    _, labels, segments = case
+    by_label = Segments(labels, segments)
+    for head in torch.cartesian_prod(*map(torch.arange, labels.shape[:2])).reshape(-1, 2).tolist():
+        at = tuple(head)
+        expected = [
+            token for s in [*range(segments), -1] for token in (labels[at] == s).nonzero().flatten().tolist()
+        ]
+        assert by_label.order[at].tolist() == expected
+        assert by_label.starts[at].diff().tolist() == by_label.counts[at].tolist()
+    by_list = Segments.listed(by_label.order, by_label.starts)
+    assert by_list.number == segments
+    assert torch.equal(by_list.labels, labels)
+    assert torch.equal(by_list.counts, by_label.counts)
+
+
+@given(labelled(), st.integers(1, 50))
+def test_a_cut_has_equal_pieces_in_the_order_of_segments(case, size):
+    _, labels, segments = case
+    whole = Segments(labels, segments)
+    cut = whole.cut(size)
+    assert cut.number == -(-labels.shape[-1] // size)
+    inside = (labels >= 0).sum(-1)
+    assert torch.equal(cut.counts.sum(-1), inside)
+    full = inside // size
+    assert ((cut.counts == size).sum(-1) == full).all()
+    assert torch.equal(cut.labels >= 0, labels >= 0)
+    pieces = torch.gather(cut.labels, -1, whole.order.long())
+    assert (pieces.masked_fill(pieces < 0, cut.number).diff(dim=-1) >= 0).all()
 
 
 @given(labelled())
 def test_sum_and_mean_are_those_of_a_loop(case):
     values, labels, segments = case  # small integers, so that sums are exact
     sums = by_loop(values, labels, segments, lambda rows: rows.sum(0))
-    assert torch.equal(segment_sum(values, labels, segments), sums)
+    assert torch.equal(segment_sum(values, Segments(labels, segments)), sums)
     assert torch.equal(
-        segment_mean(values, labels, segments), by_loop(values, labels, segments, lambda r: r.sum(0) / len(r))
+        segment_mean(values, Segments(labels, segments)),
+        by_loop(values, labels, segments, lambda r: r.sum(0) / len(r)),
     )
 
 
 @given(labelled())
 def test_minimum_and_maximum_are_those_of_a_loop_and_zero_for_empty_segments(case):
     values, labels, segments = case
-    low, high = segment_min_max(values, labels, segments)
+    low, high = segment_min_max(values, Segments(labels, segments))
     assert torch.equal(low, by_loop(values, labels, segments, lambda rows: rows.amin(0)))
     assert torch.equal(high, by_loop(values, labels, segments, lambda rows: rows.amax(0)))
 
 
+@given(labelled())
+def test_variance_is_that_of_a_loop(case):
+    values, labels, segments = case
+    mean, variance = segment_mean_variance(values, Segments(labels, segments))
+    torch.testing.assert_close(mean, segment_mean(values, Segments(labels, segments)))
+    torch.testing.assert_close(
+        variance, by_loop(values, labels, segments, lambda rows: rows.var(0, correction=0))
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 8, 1), (2, 3, 63, 40, 5), (1, 2, 300, 64, 4), (1, 2, 100, 128, 150)]
+)
+def test_the_kernel_reduces_as_plain_torch_does(shape, dtype, device):
+    batch, heads, tokens, dim, number = shape
+    values = torch.randn(batch, tokens, heads, dim, device=device).to(dtype).transpose(1, 2)  # not contiguous
+    segments = Segments(torch.randint(-1, number, (batch, heads, tokens), device=device), number)
+    for reduce in (segment_sum, segment_mean, segment_mean_variance, segment_min_max):
+        ours, plain = (reduce(values, segments, impl=impl) for impl in ("triton", "torch"))
+        torch.testing.assert_close(ours, plain)
+    unit = [segment_sum(values, segments, normalise=True, impl=impl) for impl in ("triton", "torch")]
+    torch.testing.assert_close(*unit)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_added_up_in_single(device, dtype):
+def test_half_precision_is_added_up_in_single(device, dtype, impl):
     values = torch.ones(1, 1, 4096, 1, dtype=dtype, device=device)  # in bfloat16 the sum would stop at 256
     labels = torch.zeros(1, 1, 4096, dtype=torch.long, device=device)
-    total = segment_sum(values, labels, 1)
+    total = segment_sum(values, Segments(labels, 1), impl=impl)
     assert total.dtype == torch.float32
     assert total.item() == 4096
 
 
-def test_sums_are_the_same_bits_every_time(device):
-    values = torch.randn(2, 3, 5000, 16, device=device)
-    labels = torch.randint(-1, 40, (2, 3, 5000), device=device)
-    first = segment_sum(values, labels, 40)
-    assert all(torch.equal(segment_sum(values, labels, 40), first) for _ in range(3))
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_sums_are_the_same_bits_every_time(device, impl):
+    values = torch.randn(2, 3, 1000, 16, device=device)
+    labels = torch.randint(-1, 40, (2, 3, 1000), device=device)
+    first = segment_sum(values, Segments(labels, 40), impl=impl)
+    assert all(torch.equal(segment_sum(values, Segments(labels, 40), impl=impl), first) for _ in range(3))
 
 
 def test_padding_belongs_to_no_segment(device):
     values = torch.full((1, 1, 3, 2), torch.nan, device=device)
     labels = torch.full((1, 1, 3), -1, device=device)
-    assert torch.equal(segment_sum(values, labels, 2), torch.zeros(1, 1, 2, 2, device=device))
-    assert torch.equal(segment_counts(labels, 2), torch.zeros(1, 1, 2, dtype=torch.long, device=device))
+    assert torch.equal(segment_sum(values, Segments(labels, 2)), torch.zeros(1, 1, 2, 2, device=device))
+    assert torch.equal(Segments(labels, 2).counts, torch.zeros(1, 1, 2, dtype=torch.long, device=device))

@@ -50,6 +50,8 @@ class AdaCluster:
     Attributes:
         query_clusters: Clusters of the queries of each head; ``None`` means the root of the number of video tokens (66 at
             4,368 tokens, 275 at 75,600).
+        query_tile: Cut the queries, in the order of their clusters, into tiles of so many rows, which read each for itself;
+            ``None`` attends whole clusters. Tiles of one size cost the same each, and large clusters are told apart.
         key_clusters: Clusters that the keys of each head start with, before stages for outliers; ``None`` means 4 times
             the root (264 and 1,100): every row reads every centroid, so twice the tokens should not get twice as many.
         max_key_clusters: The most that the keys of a head may get; ``None`` means 1.5 times ``key_clusters``.
@@ -68,6 +70,7 @@ class AdaCluster:
     """
 
     query_clusters: int | None = None
+    query_tile: int | None = None
     key_clusters: int | None = None
     max_key_clusters: int | None = None
     outlier_factor: float = 2.0
@@ -82,9 +85,8 @@ class AdaCluster:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_counts(
-            self, "query_clusters", "key_clusters", "first_iterations", "iterations", "recluster_every"
-        )
+        counts = ("query_clusters", "query_tile", "key_clusters", "first_iterations", "iterations")
+        check_counts(self, *counts, "recluster_every")
         if self.max_key_clusters is not None and self.max_key_clusters < (self.key_clusters or 1):
             raise ValueError(
                 f"AdaCluster.max_key_clusters ({self.max_key_clusters}) must not be below key_clusters "
@@ -147,19 +149,30 @@ class AdaCluster:
                 iterations=self.first_iterations,
                 metric=self._metric,
                 seed=self.seed,
+                tile=self.query_tile,
             )
-        else:
+        elif previous.age + 1 < self.recluster_every:
+            age = previous.age + 1
             former_queries, former_keys, _ = previous.parts()
-            if previous.age + 1 < self.recluster_every:
-                age = previous.age + 1
-                queries, keys = regroup(video_query, former_queries), regroup(video_key, former_keys)
-            else:
-                again = {"layout": layout, "iterations": self.iterations}
-                queries = refine(video_query, former_queries, metric=self._metric, **again)
-                keys = refine(video_key, former_keys, metric="euclidean", **again)
+            queries, keys = regroup(video_query, former_queries), regroup(video_key, former_keys)
+        else:
+            start_queries, start_keys = previous.centroids()
+            again = {"iterations": self.iterations}
+            queries = refine(
+                video_query, start_queries, layout, metric=self._metric, tile=self.query_tile, **again
+            )
+            keys = refine(video_key, start_keys, layout, metric="euclidean", **again)
         score = score_clusters(self.score, queries.means, video_key, keys)
-        reads = self.budget.reads(score, keys.counts)
-        return Plan(layout, queries, keys, reads, compensate=self.compensate, age=age)
+        return Plan(
+            layout,
+            queries,
+            keys,
+            self.budget.reads(score, keys.counts),
+            compensate=self.compensate,
+            most=self.budget.most(layout.video_tokens),
+            age=age,
+            keep="plan" if age + 1 < self.recluster_every else "centroids",
+        )
 
     @property
     def _metric(self) -> Metric:
@@ -181,8 +194,8 @@ class AdaCluster:
         centroids = stage.centroids
         if math.isinf(self.outlier_factor):
             return as_clusters(key, stage, "euclidean")
-        far = distances(key, stage.labels, stage.centroids)
-        members = (stage.labels >= 0).sum()
+        far = distances(key, stage.members.labels, stage.centroids)
+        members = (stage.members.labels >= 0).sum()
         limit = self.outlier_factor * far.sum() / members
         outlier = far > limit
         stages = 0
@@ -197,6 +210,6 @@ class AdaCluster:
             seeds = spread_tokens(key, min(wanted, room), self.seed + stages, outlier)
             stage = kmeans(key, seeds, iterations=self.first_iterations, include=outlier)
             centroids = torch.cat([centroids, stage.centroids], dim=2)
-            outlier = outlier & (distances(key, stage.labels, stage.centroids) > limit)
+            outlier = outlier & (distances(key, stage.members.labels, stage.centroids) > limit)
         found = kmeans(key, centroids, iterations=1, include=valid)
         return as_clusters(key, found, "euclidean")

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from adamac.attention.layout import Layout, check_attention_inputs
 from adamac.attention.plan import Plan
+from adamac.ops import dense_attention as dense
 from adamac.ops.cluster_attention import Impl, cluster_attention, resolve
 from adamac.ops.precision import accurate
+from adamac.ops.segment import Segments
 
 
 @overload
@@ -59,7 +61,7 @@ def attend(
         value: Like ``query``.
         plan: Made by a method from the same query and key (or an earlier step's, of the same shapes).
         scale: Multiplier on the logits; ``None`` means ``head_dim ** -0.5``.
-        impl: ``"reference"``, ``"gather"``, or ``"auto"``.
+        impl: ``"reference"``, ``"gather"``, ``"triton"``, or ``"auto"``.
         return_lse: Also return the log-sum-exp of each row's logits, which lets results over parts of the keys be
             merged.
 
@@ -82,15 +84,15 @@ def attend(
             f"plan is for batch and heads {tuple(reads.shape[:2])} but query has {tuple(query.shape[:2])}; "
             "make the plan from the same tensors"
         )
-    q_labels, k_labels, reads = with_text(plan)
-    output, lse = cluster_attention(
-        query, key, value, q_labels, k_labels, reads, compensate=plan.compensate, scale=scale, impl=impl
-    )
+    queries, keys, reads = with_text(plan)
+    most = None if plan.most is None else plan.most + plan.layout.text_tokens
+    options = {"compensate": plan.compensate, "scale": scale, "most": most, "impl": impl}
+    output, lse = cluster_attention(query, key, value, queries, keys, reads, **options)
     return (output, lse) if return_lse else output
 
 
 def dense_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout, *, scale: float) -> Tensor:
-    """Attend densely with torch's kernel, dropping padding instead of masking it where samples allow that.
+    """Attend densely with the fastest kernel of the machine, dropping padding where that needs no waiting.
 
     Args:
         query: ``[batch, heads, tokens, head_dim]``.
@@ -102,29 +104,37 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout, *
     Returns:
         Like ``query``; padded rows are zeros.
     """
-    sdpa = torch.nn.functional.scaled_dot_product_attention
     if layout.valid is None:
-        return sdpa(query, key, value, scale=scale)
+        return dense.dense_attention(query, key, value, scale=scale)
+    if layout.valid.device.type != "cpu":
+        # To drop padding the host would have to count it, and wait for the device; who knows the lengths already trims
+        # the sequence before it comes here, and needs no mask.
+        return _masked_dense_attention(query, key, value, layout.valid, scale)
     output = torch.zeros_like(query)
     for sample in range(query.shape[0]):  # each sample has its own length
         valid = layout.valid[sample if layout.valid.shape[0] > 1 else 0].nonzero().squeeze(1)
         parts = [tensor[sample : sample + 1, :, valid] for tensor in (query, key, value)]
-        output[sample, :, valid] = sdpa(parts[0], parts[1], parts[2], scale=scale)[0]
+        output[sample, :, valid] = dense.dense_attention(parts[0], parts[1], parts[2], scale=scale)[0]
     return output
 
 
-def with_text(plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+def _masked_dense_attention(query: Tensor, key: Tensor, value: Tensor, valid: Tensor, scale: float) -> Tensor:
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    output = sdpa(query, key, value, attn_mask=valid[:, None, None], scale=scale)
+    return output.masked_fill(~valid[:, None, :, None], 0.0)
+
+
+def with_text(plan: Plan) -> tuple[Segments, Segments, Tensor]:
     """Make text one more cluster on either side: all rows read all of it, and its rows read everything."""
-    layout = plan.layout
     queries, keys, reads = plan.parts()
-    q_labels = layout.label(queries.labels, queries.num_clusters)
-    k_labels = layout.label(keys.labels, keys.num_clusters)
+    layout = plan.layout
     if layout.text_tokens == 0:
-        return q_labels, k_labels, reads
-    text = (k_labels == keys.num_clusters).sum(-1)[..., None, None]  # [batch, heads, 1, 1]
-    reads = torch.cat([reads, keys.counts.unsqueeze(-2)], dim=-2)
-    reads = torch.cat([reads, text.expand(*reads.shape[:-1], 1)], dim=-1)
-    return q_labels, k_labels, reads
+        return queries.members, keys.members, reads
+    q_members, k_members = layout.with_text(queries.members), layout.with_text(keys.members)
+    text = k_members.counts[..., -1:].unsqueeze(-2)  # [batch, heads, 1, 1]
+    reads = torch.cat([reads, keys.counts.unsqueeze(-2).to(reads.dtype)], dim=-2)
+    reads = torch.cat([reads, text.to(reads.dtype).expand(*reads.shape[:-1], 1)], dim=-1)
+    return q_members, k_members, reads
 
 
 def _dense_lse(query: Tensor, key: Tensor, layout: Layout, scale: float) -> Tensor:

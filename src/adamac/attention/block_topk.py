@@ -48,4 +48,6 @@ class BlockTopK:
         video_query, video_key = video_parts(query, key, layout)
         queries, keys = tiles(video_query, layout, self.tile), tiles(video_key, layout, self.tile)
         score = score_clusters(self.score, queries.means, video_key, keys)
-        return Plan(layout, queries, keys, self.budget.reads(score, keys.counts), compensate=self.compensate)
+        reads = self.budget.reads(score, keys.counts)
+        most = self.budget.most(layout.video_tokens)
+        return Plan(layout, queries, keys, reads, compensate=self.compensate, most=most, keep="nothing")

@@ -11,8 +11,9 @@ from torch import Tensor
 from adamac.attention.layout import Layout
 from adamac.attention.plan import Clusters, Plan
 from adamac.ops.kmeans import Lloyd, Metric, kmeans, spread_tokens
+from adamac.ops.launch import chosen
 from adamac.ops.precision import accurate
-from adamac.ops.segment import segment_counts, segment_mean
+from adamac.ops.segment import Segments, segment_mean
 
 
 def cluster_tokens(
@@ -23,6 +24,7 @@ def cluster_tokens(
     iterations: int,
     metric: Metric,
     seed: int,
+    tile: int | None = None,
 ) -> Clusters:
     """Cluster the video tokens from scratch, each head by itself.
 
@@ -33,32 +35,39 @@ def cluster_tokens(
         iterations: Lloyd iterations.
         metric: ``"euclidean"`` or ``"cosine"``.
         seed: Chooses the tokens that k-means starts from.
+        tile: Cut what was found; see :func:`as_clusters`.
     """
     valid = layout.video_valid()
     initial = spread_tokens(points, min(num_clusters, points.shape[2]), seed, valid)
     found = kmeans(points, initial, iterations=iterations, metric=metric, include=valid)
-    return as_clusters(points, found, metric)
+    return as_clusters(points, found, metric, tile)
 
 
-def refine(points: Tensor, former: Clusters, layout: Layout, *, iterations: int, metric: Metric) -> Clusters:
+def refine(
+    points: Tensor, start: Tensor, layout: Layout, *, iterations: int, metric: Metric, tile: int | None = None
+) -> Clusters:
     """Cluster the tokens of the next step, starting from the former step's centroids."""
     valid = layout.video_valid()
-    found = kmeans(points, former.centroids, iterations=iterations, metric=metric, include=valid)
-    return as_clusters(points, found, metric)
+    found = kmeans(points, start, iterations=iterations, metric=metric, include=valid)
+    return as_clusters(points, found, metric, tile)
 
 
 def regroup(points: Tensor, former: Clusters) -> Clusters:
     """Keep the former step's partition, with the means of the new tokens."""
-    return replace(former, means=segment_mean(points, former.labels, former.num_clusters))
+    return replace(former, means=segment_mean(points, former.members))
 
 
-def as_clusters(points: Tensor, found: Lloyd, metric: Metric) -> Clusters:
-    """Attach mean members; on the unit sphere these are not the centroids."""
-    if metric == "euclidean":
-        means = found.centroids
-    else:
-        means = segment_mean(points, found.labels, found.counts.shape[-1])
-    return Clusters(found.labels, found.counts, means, found.centroids)
+def as_clusters(points: Tensor, found: Lloyd, metric: Metric, tile: int | None = None) -> Clusters:
+    """Attach mean members; on the unit sphere these are not the centroids.
+
+    With ``tile`` the tokens, in the order of the clusters that were found, are cut into clusters of that many tokens each.
+    All are then of one size, which is what a device likes best, and those of a large cluster are told apart.
+    """
+    if tile is not None:
+        cut = found.members.cut(tile)
+        return Clusters(cut, segment_mean(points, cut), found.centroids)
+    means = found.centroids if metric == "euclidean" else segment_mean(points, found.members)
+    return Clusters(found.members, means, found.centroids)
 
 
 def tiles(points: Tensor, layout: Layout, tile: int | tuple[int, int, int]) -> Clusters:
@@ -91,9 +100,8 @@ def tiles(points: Tensor, layout: Layout, tile: int | tuple[int, int, int]) -> C
     if valid is not None:
         labels = labels.masked_fill(~valid, -1)
     num_tiles = tile_count(points.shape[2], layout, tile)
-    counts = segment_counts(labels, num_tiles)
-    means = segment_mean(points, labels, num_tiles)
-    return Clusters(labels.contiguous(), counts, means, means)
+    members = Segments(labels.contiguous(), num_tiles)
+    return Clusters(members, segment_mean(points, members))
 
 
 def tile_count(tokens: int, layout: Layout, tile: int | tuple[int, int, int]) -> int:
@@ -105,8 +113,9 @@ def tile_count(tokens: int, layout: Layout, tile: int | tuple[int, int, int]) ->
 
 
 def video_parts(query: Tensor, key: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-    """Cut the video tokens out of query and key, in the precision that plans are made in."""
-    return accurate(layout.video(query)), accurate(layout.video(key))
+    """Cut the video tokens out of query and key, as views where kernels read any dtype, else in the precision of plans."""
+    parts = layout.video(query), layout.video(key)
+    return parts if chosen("auto", query) == "triton" else (accurate(parts[0]), accurate(parts[1]))
 
 
 def check_counts(method: object, *names: str) -> None:
@@ -119,13 +128,9 @@ def check_counts(method: object, *names: str) -> None:
 
 def usable(previous: Plan | None, query: Tensor, layout: Layout) -> Plan | None:
     """Return the former plan if it has clusters of tensors of this shape, else nothing: the method then starts afresh."""
-    if previous is None or previous.queries is None or not previous.layout.same_shape(layout):
+    if previous is None or previous.is_dense or not previous.layout.same_shape(layout):
         return None
-    means = previous.queries.means
-    if (
-        means.shape[:2] != query.shape[:2]
-        or means.shape[-1] != query.shape[-1]
-        or means.device != query.device
-    ):
+    held = previous.start[0].low if previous.start is not None else previous.parts()[0].means
+    if held.shape[:2] != query.shape[:2] or held.shape[-1] != query.shape[-1] or held.device != query.device:
         return None
     return previous

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from adamac.ops.segment import Segments
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -71,22 +73,17 @@ class Layout:
             return None
         return self.valid[:, None, self.video_start : self.video_stop]
 
-    def label(self, video_labels: Tensor, text_label: int) -> Tensor:
-        """Extend labels of the video tokens to the sequence: text gets ``text_label``, padding gets -1.
-
-        Args:
-            video_labels: ``[batch, heads, video_tokens]``.
-            text_label: Label of every valid text token.
-
-        Returns:
-            ``[batch, heads, tokens]``.
-        """
-        batch, heads, _ = video_labels.shape
-        labels = video_labels.new_full((batch, heads, self.tokens), text_label)
-        labels[:, :, self.video_start : self.video_stop] = video_labels
+    def with_text(self, members: Segments) -> Segments:
+        """Extend clusters of the video tokens to the sequence: valid text is one more cluster, padding is in none."""
         if self.valid is not None:
-            labels = labels.masked_fill(~self.valid[:, None], -1)
-        return labels
+            labels = members.labels.new_full((*members.labels.shape[:2], self.tokens), members.number)
+            labels[:, :, self.video_start : self.video_stop] = members.labels
+            return Segments(labels.masked_fill(~self.valid[:, None], -1), members.number + 1)
+        order, starts = members.order, members.starts
+        tokens = torch.arange(self.tokens, device=order.device, dtype=order.dtype)
+        text = torch.cat([tokens[: self.video_start], tokens[self.video_stop :]])
+        order = torch.cat([order + self.video_start, text.expand(*order.shape[:2], -1)], dim=-1)
+        return Segments.listed(order, torch.nn.functional.pad(starts, (0, 1), value=self.tokens))
 
     def same_shape(self, other: Layout) -> bool:
         """Whether a plan made for the other layout has the right shapes for this one."""

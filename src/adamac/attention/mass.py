@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from adamac.attention.plan import Clusters
+from adamac.ops.precision import accurate
 from adamac.ops.segment import segment_mean
 
 # Rows of softmax weights held at once for each head.
@@ -26,17 +27,18 @@ def softmax_mass(query: Tensor, key: Tensor, queries: Clusters, keys: Clusters) 
     Returns:
         ``[batch, heads, q_clusters, k_clusters]``; the rows of an empty query cluster are zeros.
     """
+    query, key = accurate(query), accurate(key)
     scale = query.shape[-1] ** -0.5
     batch, heads, tokens, _ = query.shape
     padding = (keys.labels < 0).unsqueeze(-2)
-    slots = keys.labels.clamp_min(0).unsqueeze(-2)
+    slots = keys.labels.long().clamp_min(0).unsqueeze(-2)
     per_row = query.new_zeros(batch, heads, tokens, keys.num_clusters)
     for start in range(0, tokens, _ROWS):
         rows = query[:, :, start : start + _ROWS] @ key.transpose(-1, -2) * scale
         weights = rows.masked_fill_(padding, -torch.inf).softmax(-1)
         part = per_row[:, :, start : start + _ROWS]
         part.scatter_add_(-1, slots.expand_as(weights), weights)
-    return segment_mean(per_row, queries.labels, queries.num_clusters)
+    return segment_mean(per_row, queries.members)
 
 
 def mass_score(query: Tensor, key: Tensor, queries: Clusters, keys: Clusters) -> Tensor:

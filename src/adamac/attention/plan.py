@@ -10,13 +10,15 @@ every text query read everything.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from adamac.attention.layout import Layout
-from adamac.ops.segment import segment_counts
+from adamac.attention.packed import Packed
+from adamac.ops.segment import Segments
 
 
 @dataclass(frozen=True)
@@ -27,21 +29,30 @@ class Clusters:
     query reads.
 
     Attributes:
-        labels: ``[batch, heads, video_tokens]`` int64, the cluster of each token; -1 for padding.
-        counts: ``[batch, heads, clusters]`` int64, members of each cluster; 0 is an empty cluster.
+        members: The tokens of each cluster; padding is in none.
         means: ``[batch, heads, clusters, head_dim]`` float32, mean member (not normalised).
-        centroids: What a later clustering starts from: the means themselves, or their like on the unit sphere.
+        centroids: What a later clustering starts from: the means, their like on the unit sphere, or, if clusters were cut
+            further, those of the clusters before that. ``None`` if there is no later clustering.
     """
 
-    labels: Tensor
-    counts: Tensor
+    members: Segments
     means: Tensor
-    centroids: Tensor
+    centroids: Tensor | None = None
+
+    @property
+    def labels(self) -> Tensor:
+        """``[batch, heads, video_tokens]`` integers, the cluster of each token; -1 for padding."""
+        return self.members.labels
+
+    @property
+    def counts(self) -> Tensor:
+        """``[batch, heads, clusters]`` int64, members of each cluster; 0 is an empty cluster."""
+        return self.members.counts
 
     @property
     def num_clusters(self) -> int:
         """How many clusters, empty ones included."""
-        return self.counts.shape[-1]
+        return self.members.number
 
 
 @dataclass(frozen=True)
@@ -58,7 +69,10 @@ class Plan:
             cluster ``i`` read exactly, from none to all of them. A cluster read in part is read from its first token
             in the order of the sequence.
         compensate: Whether tokens that are skipped enter the softmax through their cluster's mean key and mean value.
+        most: The most video tokens that a row reads, known without looking at values; ``None`` if it is not.
         age: Steps since the clusters were made.
+        keep: What the method wants back at the next step: the whole plan, or the centroids alone, or nothing.
+        start: Rounded centroids of queries and keys, in a plan of which nothing else was kept.
         dense_reason: Why this plan is dense, or ``None``.
     """
 
@@ -67,7 +81,10 @@ class Plan:
     keys: Clusters | None = None
     reads: Tensor | None = None
     compensate: bool = False
+    most: int | None = None
     age: int = 0
+    keep: Literal["plan", "centroids", "nothing"] = "plan"
+    start: tuple[Packed, Packed] | None = None
     dense_reason: str | None = None
 
     @classmethod
@@ -84,11 +101,39 @@ class Plan:
         """Clusters of queries, clusters of keys, and reads.
 
         Raises:
-            ValueError: If the plan is dense and has none.
+            ValueError: If the plan has none, because it is dense or because they were not kept.
         """
         if self.queries is None or self.keys is None or self.reads is None:
-            raise ValueError(f"a dense plan ({self.dense_reason}) has no clusters")
+            reason = (
+                "of which only centroids were kept" if self.start else f"that is dense ({self.dense_reason})"
+            )
+            raise ValueError(f"a plan {reason} has no clusters")
         return self.queries, self.keys, self.reads
+
+    def kept(self) -> Plan | None:
+        """Reduce the plan to what its method wants back at the next step, as ``previous``.
+
+        The mask of padding is not kept: the next step brings it again.
+        """
+        if self.keep == "nothing":
+            return None
+        layout = replace(self.layout, valid=None)
+        if self.is_dense or self.keep == "plan":
+            return replace(self, layout=layout)
+        return Plan(layout, start=tuple(map(Packed.of, self.centroids())), age=self.age)  # ty: ignore[invalid-argument-type]
+
+    def centroids(self) -> tuple[Tensor, Tensor]:
+        """What clustering queries and keys starts from at a later step.
+
+        Raises:
+            ValueError: If the plan has no centroids.
+        """
+        if self.start is not None:
+            return self.start[0].centroids(), self.start[1].centroids()
+        queries, keys, _ = self.parts()
+        if queries.centroids is None or keys.centroids is None:
+            raise ValueError("a plan made of tiles has no centroids to start from")
+        return queries.centroids, keys.centroids
 
     def density(self) -> Tensor:
         """Share of (query, key) pairs computed exactly, text included, in tokens: ``[batch, heads]`` float64.
@@ -117,13 +162,14 @@ class Plan:
 
     def state_bytes(self) -> int:
         """Bytes that keeping this plan for the next step holds."""
-        kept = [self.reads]
+        held = 0 if self.reads is None else self.reads.nbytes
+        held += sum(packed.nbytes for packed in self.start or ())
         for clusters in (self.queries, self.keys):
             if clusters is not None:
-                kept += [clusters.labels, clusters.counts, clusters.means]
-                if clusters.centroids is not clusters.means:
-                    kept.append(clusters.centroids)
-        return sum(tensor.numel() * tensor.element_size() for tensor in kept if tensor is not None)
+                held += clusters.members.nbytes()
+                tensors = {id(t): t for t in (clusters.means, clusters.centroids) if t is not None}
+                held += sum(tensor.nbytes for tensor in tensors.values())
+        return held
 
     def check(self) -> None:
         """Read the values and verify every invariant; for tests and debugging, since it waits for the device.
@@ -142,13 +188,15 @@ class Plan:
                 )
             if labels.min() < -1 or labels.max() >= size:
                 raise ValueError(f"{name} labels must lie in -1..{size - 1}")
-            if not torch.equal(segment_counts(labels, size), clusters.counts):
+            if not torch.equal(Segments(labels, size).counts, clusters.counts):
                 raise ValueError(f"{name} counts differ from the labels")
             valid = self.layout.video_valid()
             if valid is not None and not torch.equal((labels >= 0), valid.expand_as(labels)):
                 raise ValueError(f"{name}: exactly the padding must be labelled -1")
         if reads.min() < 0 or (reads > keys.counts.unsqueeze(-2)).any():
             raise ValueError("reads must lie between 0 and the size of the key cluster")
+        if self.most is not None and reads.sum(-1).max() > self.most:
+            raise ValueError(f"a row reads {int(reads.sum(-1).max())} tokens, more than most ({self.most})")
 
     def _text_tokens(self) -> Tensor:
         queries, _, _ = self.parts()

@@ -27,8 +27,9 @@ import torch
 from torch import Tensor
 
 from adamac.attention.plan import Clusters
+from adamac.ops.fill import fill
 from adamac.ops.precision import accurate
-from adamac.ops.segment import segment_mean, segment_min_max
+from adamac.ops.segment import segment_mean_variance, segment_min_max
 
 Score = Literal["centroid", "quest", "moment", "residual"]
 
@@ -48,12 +49,13 @@ def score_clusters(score: Score, query_means: Tensor, key: Tensor, keys: Cluster
     scale = query_means.shape[-1] ** -0.5
     query_means = accurate(query_means)
     if score == "quest":
-        low, high = segment_min_max(key, keys.labels, keys.num_clusters)
+        low, high = segment_min_max(key, keys.members)
         logits = quest_bound(query_means, low, high) * scale
     else:
         logits = query_means @ keys.means.transpose(-1, -2) * scale
     if score in ("moment", "residual"):
-        logit_variance = (query_means.square() @ _variance(key, keys).transpose(-1, -2)) * scale**2
+        _, variance = segment_mean_variance(key, keys.members)
+        logit_variance = (query_means.square() @ variance.transpose(-1, -2)) * scale**2
         logits = logits + logit_variance / 2
         if score == "residual":
             logits = logits + 0.5 * logit_variance.clamp_min(1e-12).log()
@@ -96,9 +98,13 @@ class TopK:
 
     def reads(self, score: Tensor, counts: Tensor) -> Tensor:
         """Choose; see :meth:`Tokens.reads`."""
-        limit = _at_least(_filled(counts) * self.keep)
-        place = _places(score)
-        return torch.where(place < limit, counts.unsqueeze(-2), 0)
+        sizes = counts.unsqueeze(-2)
+        chosen = fill(score, (sizes > 0).long(), _at_least(_filled(counts) * self.keep).long())
+        return torch.where(chosen > 0, sizes, 0)
+
+    def most(self, tokens: int) -> int | None:
+        """Clusters are of any size, so a row may read any number of tokens."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -125,17 +131,16 @@ class Tokens:
             counts: ``[batch, heads, k_clusters]``, cluster sizes.
 
         Returns:
-            ``[batch, heads, q_clusters, k_clusters]`` int64.
+            ``[batch, heads, q_clusters, k_clusters]`` integers.
         """
-        valid = counts.sum(
-            -1, keepdim=True
-        ).double()  # float32 would miss the budget by one beyond 2^24 tokens
+        # float32 would miss the budget by one beyond 2^24 tokens
+        valid = counts.sum(-1, keepdim=True).double()
         budget = (valid * self.keep).round().long().clamp_min(1).unsqueeze(-2)
-        order = score.argsort(dim=-1, descending=True, stable=True)
-        sizes = torch.gather(counts.unsqueeze(-2).expand_as(order), -1, order)
-        before = sizes.cumsum(-1) - sizes
-        taken = torch.minimum((budget - before).clamp_min(0), sizes)
-        return torch.zeros_like(taken).scatter_(-1, order, taken)
+        return fill(score, counts.unsqueeze(-2), budget)
+
+    def most(self, tokens: int) -> int | None:
+        """The most tokens that a row reads of a video of so many, without looking at the device."""
+        return max(1, round(tokens * self.keep))
 
 
 @dataclass(frozen=True)
@@ -162,15 +167,16 @@ class TopP:
         """Choose; see :meth:`Tokens.reads`."""
         sizes = counts.unsqueeze(-2)
         mass = (score + sizes.clamp_min(1).log()).softmax(-1)
-        order = mass.argsort(dim=-1, descending=True, stable=True)
-        in_order = torch.gather(mass, -1, order)
-        short = in_order.cumsum(-1) - in_order < self.mass  # still short of the mass before this cluster
-        place = torch.arange(order.shape[-1], device=order.device)
-        filled = _filled(counts)
-        least, most = _at_least(filled * self.floor), _at_least(filled * self.cap)
-        chosen = (place < least) | (short & (place < most))
-        chosen = torch.zeros_like(chosen).scatter_(-1, order, chosen)
-        return torch.where(chosen, sizes, 0)
+        one, filled = (sizes > 0).long(), _filled(counts)
+        least, best = (
+            fill(mass, one, _at_least(filled * share).long()) > 0 for share in (self.floor, self.cap)
+        )
+        enough = fill(mass, mass, mass.new_full((*mass.shape[:2], 1, 1), self.mass)) > 0
+        return torch.where(least | (enough & best), sizes, 0)
+
+    def most(self, tokens: int) -> int | None:
+        """Clusters are of any size, so a row may read any number of tokens."""
+        return None
 
 
 Budget = TopK | Tokens | TopP
@@ -189,20 +195,3 @@ def _filled(counts: Tensor) -> Tensor:
 def _at_least(number: Tensor) -> Tensor:
     """Round up, but not because of the last bit: 7 % of 100 is 7, though 0.07 * 100 is a little more."""
     return (number - 1e-9).ceil()
-
-
-def _places(score: Tensor) -> Tensor:
-    """Place of each cluster in its row's ranking, 0 the best."""
-    order = score.argsort(dim=-1, descending=True, stable=True)
-    place = torch.arange(score.shape[-1], device=score.device).expand_as(order)
-    return torch.empty_like(order).scatter_(-1, order, place)
-
-
-def _variance(key: Tensor, keys: Clusters) -> Tensor:
-    """Variance of each coordinate inside each cluster: ``[batch, heads, k_clusters, head_dim]``.
-
-    From the deviations, not as E[k^2] - E[k]^2, which cancels badly.
-    """
-    index = keys.labels.clamp_min(0).unsqueeze(-1).expand(-1, -1, -1, key.shape[-1])
-    deviation = accurate(key) - torch.gather(keys.means, 2, index)
-    return segment_mean(deviation.square(), keys.labels, keys.num_clusters)

@@ -53,4 +53,5 @@ class SparseD:
         queries, keys = tiles(video_query, layout, self.block), tiles(video_key, layout, self.block)
         score = mass_score(video_query, video_key, queries, keys)
         reads = self.budget.reads(score, keys.counts)
-        return Plan(layout, queries, keys, reads, compensate=self.compensate)
+        most = self.budget.most(layout.video_tokens)
+        return Plan(layout, queries, keys, reads, compensate=self.compensate, most=most)

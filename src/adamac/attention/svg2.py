@@ -51,13 +51,16 @@ class SVG2:
         previous = usable(previous, query, layout)
         video_query, video_key = video_parts(query, key, layout)
         if previous is None:
-            fresh = {"layout": layout, "iterations": self.first_iterations, "seed": self.seed}
-            queries = cluster_tokens(video_query, self.query_clusters, metric="euclidean", **fresh)
-            keys = cluster_tokens(video_key, self.key_clusters, metric="euclidean", **fresh)
+            fresh = {"iterations": self.first_iterations, "seed": self.seed}
+            queries = cluster_tokens(video_query, self.query_clusters, layout, metric="euclidean", **fresh)
+            keys = cluster_tokens(video_key, self.key_clusters, layout, metric="euclidean", **fresh)
         else:
-            former_queries, former_keys, _ = previous.parts()
-            again = {"layout": layout, "iterations": self.iterations}
-            queries = refine(video_query, former_queries, metric="euclidean", **again)
-            keys = refine(video_key, former_keys, metric="euclidean", **again)
+            start_queries, start_keys = previous.centroids()
+            queries = refine(
+                video_query, start_queries, layout, iterations=self.iterations, metric="euclidean"
+            )
+            keys = refine(video_key, start_keys, layout, iterations=self.iterations, metric="euclidean")
         score = score_clusters("centroid", queries.means, video_key, keys)
-        return Plan(layout, queries, keys, self.budget.reads(score, keys.counts), compensate=self.compensate)
+        reads = self.budget.reads(score, keys.counts)
+        most = self.budget.most(layout.video_tokens)
+        return Plan(layout, queries, keys, reads, compensate=self.compensate, most=most, keep="centroids")

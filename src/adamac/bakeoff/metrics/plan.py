@@ -22,6 +22,7 @@ from adamac.attention.layout import Layout, check_attention_inputs
 from adamac.attention.plan import Plan
 from adamac.ops.cluster_attention import cluster_attention
 from adamac.ops.kmeans import spread_tokens
+from adamac.ops.segment import Segments
 
 # Rows of float64 softmax weights held at once for each head.
 _ROWS = 256
@@ -115,11 +116,11 @@ class DenseRows:
         density, cost = plan.density().expand(shape), plan.cost().expand(shape)
         if plan.is_dense:
             return Judgement(torch.zeros_like(density), torch.ones_like(density), density, cost, 0.0)
-        q_labels, k_labels, reads = with_text(plan)
-        q_labels = q_labels.gather(2, self.tokens.unsqueeze(1).expand(-1, shape[1], -1))
+        queries, keys, reads = with_text(plan)
+        judged = queries.labels.gather(2, self.tokens.unsqueeze(1).expand(-1, shape[1], -1))
 
         def attend(compensate: bool) -> tuple[Tensor, Tensor]:
-            tensors = (self.query, self.key, self.value, q_labels, k_labels, reads)
+            tensors = (self.query, self.key, self.value, Segments(judged, queries.number), keys, reads)
             return cluster_attention(*tensors, compensate=compensate, scale=_scale(self.query), impl="gather")
 
         exact, exact_lse = attend(compensate=False)

@@ -30,6 +30,9 @@ class Family:
         patch: Names of the configuration entries of the patch: one with (frames, height, width), or two with
             frames and side.
         frames_first: Whether latents are ``[batch, frames, channels, height, width]``, not channels first.
+        text_mask: Name of the transformer's argument ``[batch, text_tokens]`` that says which text tokens are no
+            padding; ``None`` if text is never masked in self-attention. Its padding stands at the end of the sequence,
+            and the model discards what attention gives for it.
     """
 
     name: str
@@ -38,6 +41,7 @@ class Family:
     text: Literal["none", "before", "after"]
     patch: tuple[str, ...]
     frames_first: bool = False
+    text_mask: str | None = None
 
     def modules(self, transformer: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
         """Self-attention modules by name, in the order in which they run."""
@@ -72,6 +76,7 @@ FAMILIES = (
         self_attention=r"(single_)?transformer_blocks\.\d+\.attn",
         text="after",
         patch=("patch_size_t", "patch_size"),
+        text_mask="encoder_attention_mask",
     ),
     Family(
         name="CogVideoX",

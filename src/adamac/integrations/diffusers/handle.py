@@ -16,6 +16,8 @@ from adamac.integrations.diffusers.clock import Clock, Moment
 from adamac.integrations.diffusers.families import Family, UnsupportedModelError, family_of, transformers_of
 from adamac.integrations.diffusers.hooks import AttentionHook, TransformerHook
 from adamac.integrations.diffusers.ledger import Call, Ledger, Report
+from adamac.integrations.diffusers.padding import TextLengths
+from adamac.ops import dense_attention
 from adamac.ops.cluster_attention import Impl, resolve
 
 _HOOK = "adamac"
@@ -89,6 +91,9 @@ class Handle:
         self._state_bytes = 0
         self._now = Moment(num_steps=num_steps)
         self._grid: tuple[int, int, int] | None = None
+        self._text_lengths = TextLengths()
+        # Text tokens in front of the padding, and the shape of the mask that says so; None if padding stays.
+        self._text: tuple[int, tuple[int, ...]] | None = None
         self._current = 0
         self._num_layers = [
             len(family.modules(transformer))
@@ -134,7 +139,8 @@ class Handle:
             _check_back_end(family, transformer)
         for index, (transformer, family) in enumerate(parts):
             registry = HookRegistry.check_if_exists_or_initialize(transformer)
-            registry.register_hook(TransformerHook(self._announce(index), self._forget_plans), _HOOK)
+            hook = TransformerHook(self._announce(index), self._forget_text, self._forget_plans)
+            registry.register_hook(hook, _HOOK)
             for layer, (_, module) in enumerate(family.modules(transformer)):
                 hook = AttentionHook(self._attention, self._bypassed, layer)
                 HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, _HOOK)
@@ -144,12 +150,16 @@ class Handle:
         """Make the callback that one transformer calls before it runs."""
         transformer, family = self._transformers[index], self._families[index]
 
-        def on_call(branch: str, timestep: Any, latents: Tensor) -> None:
+        def on_call(branch: str, arguments: dict[str, Any]) -> None:
+            timestep = arguments.get("timestep")
             if self._clock.starts_video(timestep):
                 self._forget_plans()
                 self._ledger.begin_video()
             self._now = self._clock.tick(branch, timestep)
-            self._grid = family.grid(transformer, latents)
+            self._grid = family.grid(transformer, arguments["hidden_states"])
+            mask = None if family.text_mask is None else arguments.get(family.text_mask)
+            length = self._text_lengths.of(mask)
+            self._text = None if mask is None or length is None else (length, tuple(mask.shape))
             self._current = index
 
         return on_call
@@ -170,13 +180,40 @@ class Handle:
         if problem is not None:
             return self._unsupported(layer, problem, query, key, value, mask, scale)
         assert layout is not None
+        kept = self._kept_text(layout, query)
+        if kept is None:
+            return self._attend(layer, layout, query, key, value, scale)
+        layout = replace(layout, tokens=layout.video_tokens + kept, valid=None)
+        parts = [tensor[:, :, : layout.tokens] for tensor in (query, key, value)]
+        attended = self._attend(layer, layout, parts[0], parts[1], parts[2], scale)
+        if layout.tokens == query.shape[2]:
+            return attended
+        # The model discards the rows of padding; zeros are as good as anything and never NaN.
+        output = torch.empty_like(query)
+        output[:, :, : layout.tokens] = attended
+        output[:, :, layout.tokens :] = 0
+        return output
+
+    def _kept_text(self, layout: Layout, query: Tensor) -> int | None:
+        """How many text tokens remain when the padding at the end is cut off; ``None`` if it has to be masked."""
+        if layout.valid is None or layout.video_start != 0 or self._text is None:
+            return None
+        length, mask_shape = self._text
+        # The transformer's mask has to be the one of this very sequence.
+        return length if mask_shape == (query.shape[0], layout.text_tokens) else None
+
+    def _attend(
+        self, layer: int, layout: Layout, query: Tensor, key: Tensor, value: Tensor, scale: float | None
+    ) -> Tensor:
+        """Attend by the schedule and the method."""
+        video_tokens = layout.video_tokens
         num_layers = self._num_layers[self._current]
         reason = self.schedule.dense_reason(self._now.step, self._now.num_steps, layer, num_layers)
         if reason is None and video_tokens < self.schedule.min_tokens:
             reason = f"schedule: fewer than {self.schedule.min_tokens} video tokens"
         plan = self._plan(layer, layout, query, key) if reason is None else Plan.dense(layout, reason)
         if plan.is_dense:
-            self._record(layer, plan.dense_reason)
+            self._record(layer, plan.dense_reason, dense_impl=_dense_impl(layout, query, key, value))
         else:
             self._record(layer, None, plan.density(), plan.cost())
         stage = "dense" if plan.is_dense else "attend"
@@ -191,16 +228,22 @@ class Handle:
         plan = self._ledger.timed(
             "plan", query.device, lambda: self.method(query, key, layout=layout, previous=former)
         )
-        # Only the shape of the former layout is needed, not its mask, which the next step brings again.
-        self._plans[place] = replace(plan, layout=replace(plan.layout, valid=None))
         # A running total: adding up all layers at every call would cost more than the smallest calls themselves.
-        self._state_bytes += plan.state_bytes() - (0 if former is None else former.state_bytes())
+        self._state_bytes -= 0 if former is None else former.state_bytes()
+        kept = plan.kept()
+        if kept is not None:
+            self._plans[place] = kept
+            self._state_bytes += kept.state_bytes()
         self._ledger.held(self._state_bytes)
         return plan
 
     def _forget_plans(self) -> None:
         self._plans.clear()
         self._state_bytes = 0
+
+    def _forget_text(self) -> None:
+        # What one call of the transformer was given says nothing of an attention module that is called by itself.
+        self._text = None
 
     def _layout(
         self, video_tokens: int, text_tokens: int, query: Tensor, key: Tensor, mask: Tensor | None
@@ -244,7 +287,7 @@ class Handle:
         """Attend densely, as the model asked, and say why."""
         if self._strict:
             raise ValueError(f"layer {layer}: {problem}")
-        self._record(layer, f"unsupported: {problem}")
+        self._record(layer, f"unsupported: {problem}", dense_impl="native")
         sdpa = torch.nn.functional.scaled_dot_product_attention
         return self._ledger.timed(
             "dense", query.device, lambda: sdpa(query, key, value, attn_mask=mask, scale=scale)
@@ -256,9 +299,16 @@ class Handle:
             raise ValueError(f"layer {layer}: {problem}")
         self._record(layer, f"unsupported: {problem}")
 
-    def _record(self, layer: int, reason: str | None, *shares: Tensor) -> None:
+    def _record(self, layer: int, reason: str | None, *shares: Tensor, dense_impl: str | None = None) -> None:
         now = self._now
-        self._ledger.add(Call(now.step, layer, now.branch, reason, *shares))
+        self._ledger.add(Call(now.step, layer, now.branch, reason, *shares, dense_impl=dense_impl))
+
+
+def _dense_impl(layout: Layout, query: Tensor, key: Tensor, value: Tensor) -> str:
+    """Name what will carry out a dense call; the first one on a GPU measures."""
+    if layout.valid is not None:
+        return "native, padding masked"
+    return dense_attention.resolve(query, key, value)
 
 
 def _check_version() -> None:

@@ -8,6 +8,7 @@ working.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -25,26 +26,37 @@ Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None, float | None], Tens
 
 
 class TransformerHook(ModelHook):
-    """Learns the branch from diffusers' cache context and announces each call of the transformer.
+    """Learns the branch from diffusers' cache context and announces each call of the transformer and its end.
 
     It is stateful in diffusers' sense so that it is told the context, and that a pipeline is done.
     """
 
     _is_stateful = True
 
-    def __init__(self, on_call: Callable[[str, Any, Tensor], None], on_done: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        on_call: Callable[[str, dict[str, Any]], None],
+        on_return: Callable[[], None],
+        on_done: Callable[[], None],
+    ) -> None:
         super().__init__()
         self._contexts = StateManager(BaseState)  # ty: ignore[invalid-argument-type]: it wants the class
         self._on_call = on_call
+        self._on_return = on_return
         self._on_done = on_done
 
     def pre_forward(
         self, module: torch.nn.Module, *args: Any, **kwargs: Any
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Announce the call; arguments pass through."""
-        latents = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        self._on_call(self._branch(), kwargs.get("timestep"), latents)
+        """Announce the call with its arguments by name; they pass through."""
+        named = dict(zip(_positional(module), args, strict=False)) if args else {}
+        self._on_call(self._branch(), named | kwargs)
         return args, kwargs
+
+    def post_forward(self, module: torch.nn.Module, output: Any) -> Any:
+        """Announce the end of the call; the output passes through."""
+        self._on_return()
+        return output
 
     def reset_state(self, module: torch.nn.Module) -> torch.nn.Module:
         """Called by diffusers when a pipeline is done."""
@@ -59,6 +71,12 @@ class TransformerHook(ModelHook):
             if context is not None:
                 return getattr(context, "name", context)
         return UNNAMED
+
+
+def _positional(module: torch.nn.Module) -> list[str]:
+    """Names of what a module's forward takes by position; of its class, since hooks wrap the instance's."""
+    parameters = inspect.signature(type(module).forward).parameters.values()
+    return [each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD][1:]
 
 
 class AttentionHook(ModelHook):

@@ -1,44 +1,60 @@
 """Softmax attention in which each cluster of queries reads its own share of each cluster of keys.
 
-Every token carries a label: the cluster it belongs to, or ``-1`` if it is padding, which nothing reads and which reads
-nothing. ``reads[i, j]`` says how many tokens of key cluster ``j`` the rows of query cluster ``i`` read exactly: none, all,
-or the first so many in the order of the sequence (that is how a budget in tokens is met to the token). With ``compensate``
-the tokens that a row skips are not forgotten: the ``n`` skipped tokens of a cluster, with mean key ``c`` and mean value
-``m``, enter the row's softmax as ``n`` keys ``c`` with value ``m``. That is exact if they are all alike, and costs one key.
+Every token belongs to a cluster, or to none if it is padding, which nothing reads and which reads nothing. ``reads[i, j]``
+says how many tokens of key cluster ``j`` the rows of query cluster ``i`` read exactly: none, all, or the first so many in
+the order of the sequence (that is how a budget in tokens is met to the token). With ``compensate`` the tokens that a row
+skips are not forgotten: the ``n`` skipped tokens of a cluster enter the row's softmax as ``n`` keys that equal the cluster's
+mean key, with the cluster's mean value. That is exact if the members are all alike, and costs one key.
 
-The two implementations share no code on purpose: ``reference`` is the meaning and ``gather`` is held to it.
+The implementations share no code on purpose: ``reference`` is the meaning and the others are held to it. ``gather`` is
+plain torch, made for CPUs; ``triton`` is one kernel, which gathers keys by token as it computes.
 """
 
 from __future__ import annotations
 
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
-Impl = Literal["auto", "reference", "gather"]
+from adamac.ops.launch import interpreted, triton_problem
+from adamac.ops.segment import Segments
+
+Impl = Literal["auto", "reference", "gather", "triton"]
 
 
-def resolve(impl: Impl) -> str:
-    """Say which implementation ``"auto"`` stands for.
+def resolve(impl: Impl, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> str:
+    """Say which implementation will run.
+
+    Args:
+        impl: A name, or ``"auto"``.
+        device: Where; ``None`` means that it is not known yet, and ``"auto"`` stays.
+        dtype: Of the tensors.
 
     Raises:
-        ValueError: If the name is unknown.
+        ValueError: If the name is unknown, or it is known that the implementation cannot run there.
     """
     if impl not in get_args(Impl):
         raise ValueError(f"impl must be one of {', '.join(get_args(Impl))}; got {impl!r}")
-    return "gather" if impl == "auto" else impl
+    if device is None or impl in ("reference", "gather"):
+        return impl
+    problem = triton_problem(device, dtype)
+    if impl == "triton" and problem is not None:
+        raise ValueError(f'impl="triton" cannot run: {problem}; use impl="auto"')
+    return "triton" if impl == "triton" or (problem is None and not interpreted()) else "gather"
 
 
 def cluster_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    q_labels: Tensor,
-    k_labels: Tensor,
+    queries: Segments,
+    keys: Segments,
     reads: Tensor,
     *,
     compensate: bool,
     scale: float,
+    most: int | None = None,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Attend from each query cluster to what it reads of each key cluster.
@@ -47,19 +63,29 @@ def cluster_attention(
         query: ``[batch, heads, q_tokens, head_dim]``.
         key: ``[batch, heads, k_tokens, head_dim]``.
         value: ``[batch, heads, k_tokens, head_dim]``.
-        q_labels: ``[batch, heads, q_tokens]`` integers from -1 to ``q_clusters - 1``.
-        k_labels: ``[batch, heads, k_tokens]`` integers from -1 to ``k_clusters - 1``.
+        queries: Clusters of the query tokens, ``q_clusters`` of them.
+        keys: Clusters of the key tokens, ``k_clusters`` of them.
         reads: ``[batch, heads, q_clusters, k_clusters]`` integers from 0 to the key cluster's size.
-        compensate: Whether skipped tokens enter through their mean.
+        compensate: Whether skipped tokens enter through their cluster's means.
         scale: Multiplier on the logits.
-        impl: ``"reference"`` builds the dense mask; ``"gather"`` reads the selected keys only.
+        most: The most tokens that a query cluster reads, if it does not read all there are; ``None`` if that is not known.
+            Lists are made this long, so nothing has to be read back from the device.
+        impl: ``"reference"`` builds the dense mask; ``"gather"`` and ``"triton"`` read the selected keys only.
 
     Returns:
         Output ``[batch, heads, q_tokens, head_dim]`` in the query's dtype, and the log-sum-exp of each row's logits
         ``[batch, heads, q_tokens]`` in float32 (float64 for float64). A row that reads nothing gets zeros and -inf.
     """
-    if resolve(impl) == "reference":
-        from adamac.ops.cluster_attention.reference import reference as run
-    else:
-        from adamac.ops.cluster_attention.gather import gather as run
-    return run(query, key, value, q_labels, k_labels, reads, compensate=compensate, scale=scale)
+    resolved = resolve(impl, query.device, query.dtype)
+    options = {"compensate": compensate, "scale": scale}
+    if resolved == "reference":
+        from adamac.ops.cluster_attention.reference import reference
+
+        return reference(query, key, value, queries, keys, reads, **options)
+    if resolved == "gather":
+        from adamac.ops.cluster_attention.gather import gather
+
+        return gather(query, key, value, queries, keys, reads, **options)
+    from adamac.ops.cluster_attention.triton import triton_cluster_attention
+
+    return triton_cluster_attention(query, key, value, queries, keys, reads, most=most, **options)

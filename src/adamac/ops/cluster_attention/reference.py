@@ -6,14 +6,15 @@ import torch
 from torch import Tensor
 
 from adamac.ops.precision import accurate
+from adamac.ops.segment import Segments
 
 
 def reference(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    q_labels: Tensor,
-    k_labels: Tensor,
+    queries: Segments,
+    keys: Segments,
     reads: Tensor,
     *,
     compensate: bool,
@@ -29,8 +30,8 @@ def reference(
                 accurate(query[at]),
                 accurate(key[at]),
                 accurate(value[at]),
-                q_labels[at],
-                k_labels[at],
+                queries.labels[at],
+                keys.labels[at],
                 reads[at],
                 compensate=compensate,
                 scale=scale,
@@ -52,6 +53,8 @@ def _one_head(
     q_clusters, k_clusters = reads.shape
     member = k_labels == torch.arange(k_clusters, device=key.device).unsqueeze(1)  # [k_clusters, k_tokens]
     rank = (member.long().cumsum(1) - 1).mul(member).sum(0)  # position of each key within its cluster
+    share = member.to(key.dtype) / member.sum(1, keepdim=True).clamp_min(1)
+    mean_key, mean_value = share @ key, share @ value
     output, lse = torch.zeros_like(query), query.new_full(query.shape[:1], -torch.inf)
     for cluster in range(q_clusters):
         rows = q_labels == cluster
@@ -62,11 +65,8 @@ def _one_head(
         logits = logits.masked_fill(~read, -torch.inf)
         values = value
         if compensate:
-            skipped = (member & ~read).to(key.dtype)  # [k_clusters, k_tokens]
-            size = skipped.sum(1)
-            mean_key = skipped @ key / size.clamp_min(1).unsqueeze(1)
-            mean_value = skipped @ value / size.clamp_min(1).unsqueeze(1)
-            logits = torch.cat([logits, query[rows] @ mean_key.T * scale + size.log()], dim=1)
+            skipped = (member & ~read).sum(1).to(key.dtype)
+            logits = torch.cat([logits, query[rows] @ mean_key.T * scale + skipped.log()], dim=1)
             values = torch.cat([value, mean_value])
         lse[rows] = logits.logsumexp(1)
         # Not exp(logits - lse), which loses digits when logits are large. A row that reads nothing stays zero.

@@ -17,8 +17,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from adamac.ops.launch import Impl, chosen
 from adamac.ops.precision import accurate
-from adamac.ops.segment import segment_counts, segment_sum
+from adamac.ops.segment import Segments, segment_sum
 
 Metric = Literal["euclidean", "cosine"]
 
@@ -32,28 +33,35 @@ class Lloyd:
     """What k-means ends with.
 
     Attributes:
-        labels: ``[batch, heads, tokens]`` int64, the nearest centroid *before* the last update; -1 for points left out.
+        members: The points of each cluster, by the nearest centroid *before* the last update.
         centroids: ``[batch, heads, clusters, dim]``, the mean of each cluster's points (on the unit sphere for
             ``"cosine"``); an empty cluster keeps its former centroid.
-        counts: ``[batch, heads, clusters]`` int64.
     """
 
-    labels: Tensor
+    members: Segments
     centroids: Tensor
-    counts: Tensor
 
 
-def nearest(points: Tensor, centroids: Tensor, metric: Metric = "euclidean") -> Tensor:
+def nearest(
+    points: Tensor, centroids: Tensor, metric: Metric = "euclidean", *, impl: Impl = "auto"
+) -> Tensor:
     """Find the nearest centroid of every point; ties go to the lower index.
 
     Args:
         points: ``[batch, heads, tokens, dim]``.
         centroids: ``[batch, heads, clusters, dim]``.
         metric: ``"euclidean"``, or ``"cosine"`` for the largest cosine.
+        impl: ``"torch"``, ``"triton"`` (which rounds centroids to the points' dtype) or ``"auto"``.
 
     Returns:
-        ``[batch, heads, tokens]`` int64.
+        ``[batch, heads, tokens]`` int64, or int32 from the kernel.
     """
+    if chosen(impl, points) == "triton":
+        from adamac.ops.kmeans import triton as kernels
+
+        if metric == "cosine":
+            centroids = torch.nn.functional.normalize(accurate(centroids), dim=-1)
+        return kernels.nearest(points, centroids, metric == "euclidean")
     points, centroids = accurate(points), accurate(centroids)
     batch, heads, tokens, _ = points.shape
     if metric == "cosine":  # the point's own length changes no order, so only the centroids are normalised
@@ -80,6 +88,7 @@ def kmeans(
     iterations: int,
     metric: Metric = "euclidean",
     include: Tensor | None = None,
+    impl: Impl = "auto",
 ) -> Lloyd:
     """Run Lloyd iterations (assign, then update) from the given centroids.
 
@@ -89,30 +98,29 @@ def kmeans(
         iterations: How many, at least 1.
         metric: ``"euclidean"`` or ``"cosine"`` (spherical k-means).
         include: ``[batch, heads or 1, tokens]`` bool, which points take part; ``None`` means all.
+        impl: ``"torch"``, ``"triton"`` or ``"auto"``.
 
     Returns:
-        Labels, centroids and counts.
+        Members and centroids.
 
     Raises:
         ValueError: If ``iterations`` is below 1.
     """
     if iterations < 1:
         raise ValueError(f"kmeans needs at least one iteration, got {iterations}")
-    points = accurate(points)
-    if metric == "cosine":
-        points = torch.nn.functional.normalize(points, dim=-1)
     centroids = accurate(initial)
     for _ in range(iterations):
-        labels = nearest(points, centroids, metric)
+        labels = nearest(points, centroids, metric, impl=impl)
         if include is not None:
             labels = labels.masked_fill(~include, -1)
-        centroids, counts = _update(points, labels, centroids, metric)
-    return Lloyd(labels, centroids, counts)
+        members = Segments(labels, centroids.shape[2])
+        centroids = _update(points, members, centroids, metric, impl)
+    return Lloyd(members, centroids)
 
 
 def inertia(points: Tensor, clusters: Lloyd) -> Tensor:
     """Sum the squared distances of all points from their centroids: ``[batch, heads]``."""
-    return distances(points, clusters.labels, clusters.centroids).square().sum(-1)
+    return distances(points, clusters.members.labels, clusters.centroids).square().sum(-1)
 
 
 def distances(points: Tensor, labels: Tensor, centroids: Tensor) -> Tensor:
@@ -122,7 +130,7 @@ def distances(points: Tensor, labels: Tensor, centroids: Tensor) -> Tensor:
         ``[batch, heads, tokens]``, zero for points labelled -1.
     """
     points = accurate(points)
-    index = labels.clamp_min(0).unsqueeze(-1).expand(-1, -1, -1, points.shape[-1])
+    index = labels.long().clamp_min(0).unsqueeze(-1).expand(-1, -1, -1, points.shape[-1])
     own = torch.gather(centroids.to(points.dtype), 2, index)
     return (points - own).norm(dim=-1).masked_fill_(labels < 0, 0.0)
 
@@ -157,12 +165,8 @@ def spread_tokens(points: Tensor, clusters: int, seed: int, include: Tensor | No
     return torch.gather(points, 2, index.unsqueeze(-1).expand(-1, -1, -1, dim))
 
 
-def _update(points: Tensor, labels: Tensor, old: Tensor, metric: Metric) -> tuple[Tensor, Tensor]:
-    num_clusters = old.shape[2]
-    counts = segment_counts(labels, num_clusters)
-    sums = segment_sum(points, labels, num_clusters)
-    if metric == "cosine":
-        moved = torch.nn.functional.normalize(sums, dim=-1)
-    else:
-        moved = sums / counts.clamp_min(1).unsqueeze(-1)
-    return torch.where(counts.unsqueeze(-1) > 0, moved, old), counts
+def _update(points: Tensor, members: Segments, old: Tensor, metric: Metric, impl: Impl) -> Tensor:
+    counts = members.counts.unsqueeze(-1)
+    sums = segment_sum(points, members, normalise=metric == "cosine", impl=impl)
+    moved = torch.nn.functional.normalize(sums, dim=-1) if metric == "cosine" else sums / counts.clamp_min(1)
+    return torch.where(counts > 0, moved, old)

@@ -1,92 +1,161 @@
-"""Reductions over the members of each cluster: sum, mean, minimum, maximum.
+"""Segments of a sequence (the members of each cluster) and what is reduced over them: sum, mean, variance, minimum, maximum.
 
-``labels`` say to which segment a row belongs; a row labelled ``-1`` belongs to none and is left out. Segments may be
-ragged and empty. Sums are deterministic: on the CPU rows are added in order, elsewhere rows are sorted by label first,
-because a GPU's atomic additions come in no fixed order. Minima and maxima do not depend on the order.
+Every token carries a label, the segment it belongs to; a token labelled ``-1`` belongs to none and is left out. Segments may
+be ragged and empty. Sums are deterministic: rows are added in a fixed order, never by atomic additions.
+
+``torch`` is plain torch on any device and says what is meant; ``triton`` gives a program to each segment, which reads its
+rows where they are.
 """
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
-from adamac.ops.precision import accurate
+from adamac.ops.launch import Impl, chosen
 
 
-def segment_counts(labels: Tensor, num_segments: int) -> Tensor:
-    """Count the rows of each segment.
+class Segments:
+    """Which tokens of every head make up each segment: as labels, or as lists; one is made from the other if asked for.
 
-    Args:
-        labels: ``[batch, heads, tokens]``, integers from -1 to ``num_segments - 1``; -1 belongs to none.
-        num_segments: How many segments there are, empty ones included.
-
-    Returns:
-        ``[batch, heads, num_segments]`` int64.
+    Attributes:
+        number: How many segments there are, empty ones included.
     """
-    spare = num_segments  # rows of no segment are counted in one more segment, which is cut off
-    slots = torch.where(labels < 0, spare, labels).long()
-    counts = slots.new_zeros(*labels.shape[:-1], num_segments + 1)
-    # Integer additions commute, so atomics are deterministic here.
-    return counts.scatter_add_(-1, slots, torch.ones_like(slots))[..., :num_segments]
+
+    def __init__(self, labels: Tensor, number: int) -> None:
+        """Take labels: ``[batch, heads, tokens]`` integers from -1 to ``number - 1``; -1 belongs to none."""
+        self.number = number
+        self.labels = labels
+
+    @classmethod
+    def listed(cls, order: Tensor, starts: Tensor) -> Segments:
+        """Take lists (see ``order`` and ``starts``) that are known already, so that nothing is sorted."""
+        segments = cls.__new__(cls)
+        segments.number, segments.order, segments.starts = starts.shape[-1] - 1, order, starts
+        return segments
+
+    @cached_property
+    def labels(self) -> Tensor:
+        """The segment of each token: ``[batch, heads, tokens]`` integers, -1 for none."""
+        place = torch.arange(self.order.shape[-1], device=self.order.device, dtype=self.starts.dtype)
+        ends = self.starts[..., 1:].contiguous()
+        found = torch.searchsorted(ends, place.expand(self.order.shape).contiguous(), right=True)
+        found = found.masked_fill_(found == self.number, -1)
+        return torch.empty_like(found).scatter_(-1, self.order.long(), found)
+
+    @cached_property
+    def counts(self) -> Tensor:
+        """Tokens of each segment: ``[batch, heads, number]`` int64."""
+        if "starts" in self.__dict__:
+            return self.starts.diff().long()
+        # Tokens of no segment are counted in one more, which is cut off. Integer additions commute: any order will do.
+        slots = torch.where(self.labels < 0, self.number, self.labels).long()
+        counts = slots.new_zeros(*slots.shape[:-1], self.number + 1)
+        return counts.scatter_add_(-1, slots, torch.ones_like(slots))[..., : self.number]
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """Where each segment begins in ``order``: ``[batch, heads, number + 1]`` int32; the last is where none begins."""
+        return torch.nn.functional.pad(self.counts.cumsum(-1), (1, 0)).int()
+
+    @cached_property
+    def order(self) -> Tensor:
+        """Tokens, segment after segment and in the order of the sequence within, none's last: like ``labels``, int32."""
+        slots = torch.where(self.labels < 0, self.number, self.labels)
+        # Labels of 16 bits take half the passes of a radix sort.
+        narrow = slots.to(torch.int16) if self.number < 2**15 else slots
+        return narrow.sort(dim=-1, stable=True).indices.int()
+
+    def cut(self, size: int) -> Segments:
+        """Cut the tokens, in the order of these segments, into new segments of ``size`` tokens each, the last one shorter."""
+        tokens = self.order.shape[-1]
+        number = -(-tokens // size)
+        bounds = torch.arange(number + 1, device=self.order.device, dtype=torch.int32) * size
+        return Segments.listed(self.order, torch.minimum(bounds, self.starts[..., -1:]))
+
+    def nbytes(self) -> int:
+        """Bytes of what is held now."""
+        return sum(
+            held.numel() * held.element_size() for held in self.__dict__.values() if isinstance(held, Tensor)
+        )
 
 
-def segment_sum(values: Tensor, labels: Tensor, num_segments: int) -> Tensor:
+def segment_sum(
+    values: Tensor, segments: Segments, *, normalise: bool = False, impl: Impl = "auto"
+) -> Tensor:
     """Add up the rows of each segment in float32 (float64 stays float64).
 
     Args:
         values: ``[batch, heads, tokens, dim]``.
-        labels: ``[batch, heads, tokens]``, -1 belongs to no segment.
-        num_segments: How many segments there are.
+        segments: Of the tokens.
+        normalise: Scale each row to length 1 first (a row of zeros stays).
+        impl: ``"torch"``, ``"triton"`` or ``"auto"``.
 
     Returns:
-        ``[batch, heads, num_segments, dim]``; zeros for an empty segment.
+        ``[batch, heads, number, dim]``; zeros for an empty segment.
     """
-    batch, heads, _, dim = values.shape
-    rows = accurate(values).reshape(-1, dim)
-    slots = _flat_slots(labels, num_segments)
-    total = batch * heads * (num_segments + 1)
-    if values.device.type == "cpu":
-        sums = rows.new_zeros(total, dim).index_add_(0, slots, rows)
-    else:
-        order = torch.argsort(slots, stable=True)
-        lengths = slots.new_zeros(total).scatter_add_(0, slots, torch.ones_like(slots))
-        sums = torch.segment_reduce(rows[order], "sum", lengths=lengths, axis=0, unsafe=True)  # ty: ignore[missing-attribute]
-    return sums.view(batch, heads, num_segments + 1, dim)[:, :, :num_segments]
+    if chosen(impl, values) == "triton":
+        from adamac.ops.segment import triton as kernels
+
+        return kernels.segment_moments(values, segments, "sum", normalise)[0]
+    from adamac.ops.segment import reference
+
+    return reference.segment_sum(values, segments, normalise)
 
 
-def segment_mean(values: Tensor, labels: Tensor, num_segments: int) -> Tensor:
+def segment_mean(values: Tensor, segments: Segments, *, impl: Impl = "auto") -> Tensor:
     """Average the rows of each segment; see :func:`segment_sum`. An empty segment gives zeros."""
-    counts = segment_counts(labels, num_segments).clamp_min(1)
-    return segment_sum(values, labels, num_segments) / counts.unsqueeze(-1)
+    if chosen(impl, values) == "triton":
+        from adamac.ops.segment import triton as kernels
+
+        return kernels.segment_moments(values, segments, "mean", False)[0]
+    from adamac.ops.segment import reference
+
+    return reference.segment_mean(values, segments)
 
 
-def segment_min_max(values: Tensor, labels: Tensor, num_segments: int) -> tuple[Tensor, Tensor]:
+def segment_mean_variance(
+    values: Tensor, segments: Segments, *, impl: Impl = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Average the rows of each segment, and their squared deviations from that average, coordinate by coordinate.
+
+    The variance is taken from the deviations, not as E[x^2] - E[x]^2, which cancels badly.
+
+    Args:
+        values: ``[batch, heads, tokens, dim]``.
+        segments: Of the tokens.
+        impl: ``"torch"``, ``"triton"`` or ``"auto"``.
+
+    Returns:
+        Two tensors ``[batch, heads, number, dim]`` float32 (float64 stays); zeros for an empty segment.
+    """
+    if chosen(impl, values) == "triton":
+        from adamac.ops.segment import triton as kernels
+
+        return kernels.segment_moments(values, segments, "variance", False)
+    from adamac.ops.segment import reference
+
+    return reference.segment_mean_variance(values, segments)
+
+
+def segment_min_max(values: Tensor, segments: Segments, *, impl: Impl = "auto") -> tuple[Tensor, Tensor]:
     """Take the elementwise minimum and maximum over the rows of each segment.
 
     Args:
         values: ``[batch, heads, tokens, dim]``.
-        labels: ``[batch, heads, tokens]``, -1 belongs to no segment.
-        num_segments: How many segments there are.
+        segments: Of the tokens.
+        impl: ``"torch"``, ``"triton"`` or ``"auto"``.
 
     Returns:
-        Minimum and maximum, each ``[batch, heads, num_segments, dim]`` in float32 (float64 stays). An empty segment
-        gives zeros in both, so that products with it stay finite; mask it by its count.
+        Minimum and maximum, each ``[batch, heads, number, dim]`` in float32 (float64 stays). An empty segment gives zeros
+        in both, so that products with it stay finite; mask it by its count.
     """
-    batch, heads, _, dim = values.shape
-    rows = accurate(values).reshape(-1, dim)
-    slots = _flat_slots(labels, num_segments).unsqueeze(-1).expand(-1, dim)
-    total = batch * heads * (num_segments + 1)
-    extremes = []
-    for reduction in ("amin", "amax"):
-        reduced = rows.new_zeros(total, dim)
-        reduced = reduced.scatter_reduce_(0, slots, rows, reduction, include_self=False)
-        extremes.append(reduced.view(batch, heads, num_segments + 1, dim)[:, :, :num_segments])
-    return extremes[0], extremes[1]
+    if chosen(impl, values) == "triton":
+        from adamac.ops.segment import triton as kernels
 
+        return kernels.segment_moments(values, segments, "extremes", False)
+    from adamac.ops.segment import reference
 
-def _flat_slots(labels: Tensor, num_segments: int) -> Tensor:
-    """Number the segments of all heads in one row; segment ``num_segments`` of a head takes the rows of none."""
-    batch, heads, _ = labels.shape
-    slots = torch.where(labels < 0, num_segments, labels).long()
-    offsets = torch.arange(batch * heads, device=labels.device) * (num_segments + 1)
-    return (slots + offsets.view(batch, heads, 1)).reshape(-1)
+    return reference.segment_min_max(values, segments)

@@ -1,0 +1,108 @@
+"""How an operation is run: which implementation ``"auto"`` stands for, and what a Triton kernel is launched with."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Impl = Literal["auto", "torch", "triton"]
+
+# Compute capability from which the kernels are known to work (Ampere).
+_OLDEST = (8, 0)
+
+
+def chosen(impl: Impl, tensor: Tensor) -> str:
+    """Say which implementation of a clustering operation will run on a tensor's device.
+
+    Raises:
+        ValueError: If the name is unknown, or Triton is asked for where it cannot run.
+    """
+    if impl not in get_args(Impl):
+        raise ValueError(f"impl must be one of {', '.join(get_args(Impl))}; got {impl!r}")
+    if impl == "torch":
+        return "torch"
+    problem = triton_problem(tensor.device, tensor.dtype)
+    if impl == "triton" and problem is not None:
+        raise ValueError(f'impl="triton" cannot run: {problem}; use impl="auto"')
+    # The interpreter is there to be tested, never chosen.
+    return "triton" if impl == "triton" or (problem is None and not interpreted()) else "torch"
+
+
+def triton_problem(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Say why Triton kernels cannot run on a device, or ``None`` if they can."""
+    if not _has_triton():
+        return "the package triton is not installed"
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"the kernels take float16, bfloat16 and float32, not {dtype}"
+    if interpreted():
+        return None
+    if device.type != "cuda":
+        return f"the tensors are on {device.type}, not on a GPU"
+    capability = _capability(device.index if device.index is not None else torch.cuda.current_device())
+    if capability < _OLDEST:
+        return (
+            f"the GPU has compute capability {capability[0]}.{capability[1]}, the kernels need 8.0 (Ampere)"
+        )
+    return None
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on any device (``TRITON_INTERPRET=1``, which Triton itself reads)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What an attention kernel is launched with.
+
+    Attributes:
+        rows: Query rows of a program.
+        keys: Keys that it reads at once.
+        warps: Warps of a program.
+        stages: Blocks of keys in flight.
+    """
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def attention_launch(device: torch.device, dtype: torch.dtype, head_dim: int) -> Launch:
+    """Choose the launch configuration of cluster attention.
+
+    Args:
+        device: Where it runs.
+        dtype: Of query, key and value.
+        head_dim: Width of a head.
+    """
+    wide = dtype == torch.float32
+    if interpreted():
+        return Launch(16, 16, 4, 1)
+    hopper = _capability(device.index or 0) >= (9, 0)
+    if wide or head_dim > 128:
+        return Launch(64, 32, 4, 2)
+    if head_dim > 64:
+        return Launch(128, 64, 8 if not hopper else 4, 2 if not hopper else 3)
+    return Launch(128, 64, 4, 3)
+
+
+def power_of_two(number: int) -> int:
+    """The next power of two, which the sides of Triton's blocks must be."""
+    return 1 << max(0, number - 1).bit_length()
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)

@@ -1,0 +1,119 @@
+"""Reductions over segments, a program for each: it walks through its rows where they lie, sixteen or more at a time.
+
+Rows are added in the order of the segment's list, in lanes that are added up at the end, so a sum is the same bits every
+time. Nothing is sorted, permuted or converted in memory.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from adamac.ops.launch import interpreted, power_of_two
+from adamac.ops.segment import Segments
+
+_MODES = {"sum": 0, "mean": 1, "variance": 2, "extremes": 3}
+
+
+def segment_moments(values: Tensor, segments: Segments, mode: str, normalise: bool) -> tuple[Tensor, Tensor]:
+    """Reduce the rows of each segment.
+
+    Args:
+        values: ``[batch, heads, tokens, dim]``, the last dimension contiguous.
+        segments: Of the tokens.
+        mode: ``"sum"``, ``"mean"``, ``"variance"`` (mean and variance) or ``"extremes"`` (minimum and maximum).
+        normalise: Scale each row to length 1 first.
+
+    Returns:
+        Two tensors ``[batch, heads, number, dim]`` float32; the second is empty where there is one result.
+    """
+    batch, heads, _, dim = values.shape
+    values = values if values.stride(-1) == 1 else values.contiguous()
+    first = torch.empty(batch, heads, segments.number, dim, dtype=torch.float32, device=values.device)
+    second = torch.empty_like(first) if mode in ("variance", "extremes") else first[..., :0]
+    rows = 16 if interpreted() else 32
+    _moments[(segments.number, batch * heads)](
+        values,
+        segments.order.contiguous(),
+        segments.starts.contiguous(),
+        first,
+        second,
+        heads,
+        segments.order.shape[-1],
+        segments.number,
+        dim,
+        *values.stride()[:3],
+        MODE=_MODES[mode],
+        NORMALISE=normalise,
+        ROWS=rows,
+        WIDTH=power_of_two(dim),
+        num_warps=4,
+    )
+    return first, second
+
+
+@triton.jit(do_not_specialize=["tokens", "number", "stride_b", "stride_h", "stride_n"])
+def _moments(
+    values,
+    order,
+    starts,
+    first,
+    second,
+    heads,
+    tokens,
+    number,
+    dim,
+    stride_b,
+    stride_h,
+    stride_n,
+    MODE: tl.constexpr,
+    NORMALISE: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    segment = tl.program_id(0)
+    head = tl.program_id(1).to(tl.int64)
+    begin = tl.load(starts + head * (number + 1) + segment)
+    end = tl.load(starts + head * (number + 1) + segment + 1)
+    column = tl.arange(0, WIDTH)
+    inside = column < dim
+    base = values + (head // heads) * stride_b + (head % heads) * stride_h
+    size = tl.maximum(end - begin, 1).to(tl.float32)
+    one = tl.zeros([ROWS, WIDTH], tl.float32)
+    two = tl.zeros([ROWS, WIDTH], tl.float32)
+    if MODE == 3:
+        one += float("inf")
+        two -= float("inf")
+    for start in range(begin, end, ROWS):
+        place = start + tl.arange(0, ROWS)
+        here = (place < end)[:, None] & inside[None, :]
+        row = tl.load(order + head * tokens + place, mask=place < end, other=0).to(tl.int64)
+        x = tl.load(base + row[:, None] * stride_n + column[None, :], mask=here, other=0.0).to(tl.float32)
+        if NORMALISE:
+            x /= tl.maximum(tl.sqrt(tl.sum(x * x, 1)), 1e-12)[:, None]
+        if MODE == 3:
+            one = tl.minimum(one, tl.where(here, x, float("inf")))
+            two = tl.maximum(two, tl.where(here, x, float("-inf")))
+        else:
+            one += x
+    out = (head * number + segment) * dim + column
+    if MODE == 3:
+        some = begin < end
+        tl.store(first + out, tl.where(some, tl.min(one, 0), 0.0), mask=inside)
+        tl.store(second + out, tl.where(some, tl.max(two, 0), 0.0), mask=inside)
+    else:
+        result = tl.sum(one, 0)
+        if MODE > 0:
+            result /= size
+        tl.store(first + out, result, mask=inside)
+        if MODE == 2:
+            for start in range(begin, end, ROWS):
+                place = start + tl.arange(0, ROWS)
+                here = (place < end)[:, None] & inside[None, :]
+                row = tl.load(order + head * tokens + place, mask=place < end, other=0).to(tl.int64)
+                x = tl.load(base + row[:, None] * stride_n + column[None, :], mask=here, other=0.0)
+                x = tl.where(here, x.to(tl.float32) - result[None, :], 0.0)
+                two += x * x
+            tl.store(second + out, tl.sum(two, 0) / size, mask=inside)
