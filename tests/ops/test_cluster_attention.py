@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from adamac.ops.cluster_attention import cluster_attention, resolve
 from adamac.ops.cluster_attention import gather as gather_module
 from adamac.ops.cluster_attention.triton import tiles
-from adamac.ops.segment import Segments, segment_mean
+from adamac.ops.segment import Segments
 from adamac.testing import assert_within_error_budget, attention_like, eager_cluster_attention
 
 IMPLS = ("reference", "gather", "triton")
@@ -214,7 +214,7 @@ def test_heads_done_in_rounds_are_the_same_bits(device, monkeypatch):
     inputs = case(2, 3, 130, 64, 5, 9, device=device)
     options = {"compensate": True, "scale": 0.125, "impl": "triton"}
     at_once = cluster_attention(*inputs, **options)
-    monkeypatch.setattr("adamac.ops.cluster_attention.triton._LIST_BYTES", 4 * 5 * 130 * 4)
+    monkeypatch.setattr("adamac.ops.cluster_attention.triton._WORKSPACE_BYTES", 300_000)
     assert torch.equal(cluster_attention(*inputs, **options)[0], at_once[0])
 
 
@@ -240,9 +240,8 @@ def test_tiles_cover_every_row_once(sizes, padding, rows):
 def test_the_operator_describes_itself_truly(device):
     query, key, value, queries, keys, reads = case(1, 2, 60, 64, 4, 6, device=device)
     lists = (queries.order, queries.starts, keys.order, keys.starts, reads.int())
-    means = [segment_mean(part, keys) for part in (key, value)]
     torch.library.opcheck(
-        torch.ops.adamac.cluster_attention.default, (query, key, value, *means, *lists, 60, True, 0.125)
+        torch.ops.adamac.cluster_attention.default, (query, key, value, *lists, 60, True, 0.125, "triton")
     )
 
 
@@ -256,10 +255,33 @@ def test_the_kernel_refuses_float64_by_name(device):
 
 def test_an_unknown_implementation_is_refused_by_name():
     with pytest.raises(
-        ValueError, match=r"impl must be one of auto, reference, gather, triton; got 'grater'"
+        ValueError, match=r"impl must be one of auto, reference, gather, triton, hopper; got 'grater'"
     ):
         resolve("grater")
 
 
 def test_auto_stands_for_an_implementation(device):
-    assert resolve("auto", device) == ("triton" if device.type == "cuda" else "gather")
+    assert resolve("auto", torch.zeros(1, 1, 1, 64, device=device)) == (
+        "triton" if device.type == "cuda" else "gather"
+    )
+    assert resolve("auto") == "auto"
+
+
+def test_the_hopper_kernel_is_refused_with_a_reason_where_it_cannot_run(device):
+    inputs = case(1, 1, 20, 64, 2, 3, device=device)  # float32, which it does not take
+    with pytest.raises(ValueError, match=r'impl="hopper" cannot run: .*; use impl="auto"'):
+        cluster_attention(*inputs, compensate=False, scale=1.0, impl="hopper")
+
+
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+
+
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("compensate", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_the_hopper_kernel_is_found_fit_and_keeps_the_error_budget(head_dim, dtype, compensate, device):
+    for shape in ((1, 2, 63, head_dim, 3, 5), (2, 2, 1000, head_dim, 6, 200), (1, 1, 1, head_dim, 1, 1)):
+        inputs = case(*shape, dtype=dtype, device=device)
+        assert resolve("auto", inputs[0]) == "hopper"
+        assert_right(inputs, "hopper", compensate=compensate)

@@ -70,7 +70,7 @@ class AdaCluster:
     """
 
     query_clusters: int | None = None
-    query_tile: int | None = None
+    query_tile: int | None = 128
     key_clusters: int | None = None
     max_key_clusters: int | None = None
     outlier_factor: float = 2.0

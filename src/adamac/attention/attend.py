@@ -61,7 +61,7 @@ def attend(
         value: Like ``query``.
         plan: Made by a method from the same query and key (or an earlier step's, of the same shapes).
         scale: Multiplier on the logits; ``None`` means ``head_dim ** -0.5``.
-        impl: ``"reference"``, ``"gather"``, ``"triton"``, or ``"auto"``.
+        impl: ``"reference"``, ``"gather"``, ``"triton"``, ``"hopper"``, or ``"auto"``.
         return_lse: Also return the log-sum-exp of each row's logits, which lets results over parts of the keys be
             merged.
 

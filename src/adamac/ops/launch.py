@@ -44,11 +44,9 @@ def triton_problem(device: torch.device, dtype: torch.dtype) -> str | None:
         return None
     if device.type != "cuda":
         return f"the tensors are on {device.type}, not on a GPU"
-    capability = _capability(device.index if device.index is not None else torch.cuda.current_device())
-    if capability < _OLDEST:
-        return (
-            f"the GPU has compute capability {capability[0]}.{capability[1]}, the kernels need 8.0 (Ampere)"
-        )
+    found = capability(device.index if device.index is not None else torch.cuda.current_device())
+    if found < _OLDEST:
+        return f"the GPU has compute capability {found[0]}.{found[1]}, the kernels need 8.0 (Ampere)"
     return None
 
 
@@ -82,15 +80,14 @@ def attention_launch(device: torch.device, dtype: torch.dtype, head_dim: int) ->
         dtype: Of query, key and value.
         head_dim: Width of a head.
     """
-    wide = dtype == torch.float32
     if interpreted():
         return Launch(16, 16, 4, 1)
-    hopper = _capability(device.index or 0) >= (9, 0)
-    if wide or head_dim > 128:
-        return Launch(64, 32, 4, 2)
-    if head_dim > 64:
-        return Launch(128, 64, 8 if not hopper else 4, 2 if not hopper else 3)
-    return Launch(128, 64, 4, 3)
+    row_bytes = power_of_two(head_dim) * dtype.itemsize
+    if row_bytes <= 128:
+        return Launch(128, 64, 4, 3)
+    if row_bytes <= 256:  # more than two blocks in flight fit into Hopper's shared memory only
+        return Launch(128, 64, 8, 3 if capability(device.index or 0)[0] == 9 else 2)
+    return Launch(64, 32, 4, 2) if row_bytes <= 512 else Launch(32, 32, 4, 1)
 
 
 def power_of_two(number: int) -> int:
@@ -104,5 +101,6 @@ def _has_triton() -> bool:
 
 
 @functools.cache
-def _capability(index: int) -> tuple[int, int]:
+def capability(index: int) -> tuple[int, int]:
+    """Compute capability of a GPU."""
     return torch.cuda.get_device_capability(index)

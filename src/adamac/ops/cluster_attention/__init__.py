@@ -7,41 +7,48 @@ skips are not forgotten: the ``n`` skipped tokens of a cluster enter the row's s
 mean key, with the cluster's mean value. That is exact if the members are all alike, and costs one key.
 
 The implementations share no code on purpose: ``reference`` is the meaning and the others are held to it. ``gather`` is
-plain torch, made for CPUs; ``triton`` is one kernel, which gathers keys by token as it computes.
+plain torch, made for CPUs; ``triton`` is a kernel that gathers keys by token as it computes, and ``hopper`` the same with
+that generation's own instructions, used where it has shown that it agrees.
 """
 
 from __future__ import annotations
 
 from typing import Literal, get_args
 
-import torch
 from torch import Tensor
 
 from adamac.ops.launch import interpreted, triton_problem
 from adamac.ops.segment import Segments
 
-Impl = Literal["auto", "reference", "gather", "triton"]
+Impl = Literal["auto", "reference", "gather", "triton", "hopper"]
 
 
-def resolve(impl: Impl, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> str:
+def resolve(impl: Impl, query: Tensor | None = None) -> str:
     """Say which implementation will run.
 
     Args:
         impl: A name, or ``"auto"``.
-        device: Where; ``None`` means that it is not known yet, and ``"auto"`` stays.
-        dtype: Of the tensors.
+        query: The query tensor; ``None`` means that it is not known yet, and ``"auto"`` stays.
 
     Raises:
         ValueError: If the name is unknown, or it is known that the implementation cannot run there.
     """
     if impl not in get_args(Impl):
         raise ValueError(f"impl must be one of {', '.join(get_args(Impl))}; got {impl!r}")
-    if device is None or impl in ("reference", "gather"):
+    if query is None or impl in ("reference", "gather"):
         return impl
-    problem = triton_problem(device, dtype)
-    if impl == "triton" and problem is not None:
-        raise ValueError(f'impl="triton" cannot run: {problem}; use impl="auto"')
-    return "triton" if impl == "triton" or (problem is None and not interpreted()) else "gather"
+    problem = triton_problem(query.device, query.dtype)
+    if impl == "auto" and (problem is not None or interpreted()):
+        return "gather"
+    if problem is None and impl != "triton":
+        from adamac.ops.cluster_attention.hopper import hopper_problem
+
+        problem = hopper_problem(query)
+        if impl == "auto":
+            return "triton" if problem else "hopper"
+    if problem is not None:
+        raise ValueError(f'impl="{impl}" cannot run: {problem}; use impl="auto"')
+    return impl
 
 
 def cluster_attention(
@@ -70,13 +77,13 @@ def cluster_attention(
         scale: Multiplier on the logits.
         most: The most tokens that a query cluster reads, if it does not read all there are; ``None`` if that is not known.
             Lists are made this long, so nothing has to be read back from the device.
-        impl: ``"reference"`` builds the dense mask; ``"gather"`` and ``"triton"`` read the selected keys only.
+        impl: ``"reference"`` builds the dense mask; the others read the selected keys only.
 
     Returns:
         Output ``[batch, heads, q_tokens, head_dim]`` in the query's dtype, and the log-sum-exp of each row's logits
         ``[batch, heads, q_tokens]`` in float32 (float64 for float64). A row that reads nothing gets zeros and -inf.
     """
-    resolved = resolve(impl, query.device, query.dtype)
+    resolved = resolve(impl, query)
     options = {"compensate": compensate, "scale": scale}
     if resolved == "reference":
         from adamac.ops.cluster_attention.reference import reference
@@ -88,4 +95,6 @@ def cluster_attention(
         return gather(query, key, value, queries, keys, reads, **options)
     from adamac.ops.cluster_attention.triton import triton_cluster_attention
 
-    return triton_cluster_attention(query, key, value, queries, keys, reads, most=most, **options)
+    return triton_cluster_attention(
+        query, key, value, queries, keys, reads, most=most, impl=resolved, **options
+    )

@@ -1,9 +1,11 @@
-"""Cluster attention in two kernels: one lists what each query cluster reads, the other attends.
+"""Cluster attention in three kernels: pack keys and values by cluster, list what each query cluster reads, attend.
 
-A program of the second has up to ``ROWS`` rows of one query cluster. It reads keys by token, a block at a time, from its
-cluster's list; then, if skipped tokens are compensated, the means of all key clusters in their order, each with the log of
-how many tokens of it are skipped as a bias (minus infinity if none is). Keys and values are never permuted or copied: a row
-of keys is a few hundred bytes, which a gather reads as fast as a stream.
+Packed, the members of a cluster lie side by side, one head after another, and behind the tokens of a head stand the means of
+its clusters. What a query cluster reads is a list of rows of that: gathered from where a transformer leaves keys, token by
+token with all heads side by side, the same rows would be megabytes apart, and the memory system could not keep up (a third of
+the speed on an H100). A program of the last kernel has up to ``ROWS`` rows of one query cluster. It reads listed rows, a
+block at a time; then, if skipped tokens are compensated, the means, each with the log of how many tokens are skipped as a
+bias (minus infinity if none is).
 """
 
 from __future__ import annotations
@@ -12,22 +14,64 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["head_from", "q_clusters", "k_clusters", "tokens", "capacity"])
+@triton.jit(do_not_specialize=["head_from", "tokens", "clusters", "rows"])
+def pack_kernel(
+    source,  # [batch, heads, tokens, dim], any strides but the last
+    packed,  # [heads of this launch, rows, dim]
+    order,  # [heads, tokens]
+    starts,  # [heads, clusters + 1]
+    head_from,
+    heads,
+    tokens,
+    clusters,
+    rows,
+    dim,
+    stride_b,
+    stride_h,
+    stride_n,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Copy the members of one cluster to where it begins, and their mean behind all tokens; zeros if there is no such."""
+    cluster = tl.program_id(0)
+    head = (head_from + tl.program_id(1)).to(tl.int64)
+    real = cluster < clusters
+    begin = tl.load(starts + head * (clusters + 1) + cluster, mask=real, other=0)
+    end = tl.load(starts + head * (clusters + 1) + cluster + 1, mask=real, other=0)
+    column = tl.arange(0, WIDTH)
+    inside = (column < dim)[None, :]
+    source += (head // heads) * stride_b + (head % heads) * stride_h
+    packed += tl.program_id(1).to(tl.int64) * rows * dim
+    total = tl.zeros([ROWS, WIDTH], tl.float32)
+    for start in range(begin, end, ROWS):
+        place = start + tl.arange(0, ROWS)
+        here = (place < end)[:, None] & inside
+        token = tl.load(order + head * tokens + place, mask=place < end, other=0).to(tl.int64)
+        x = tl.load(source + token[:, None] * stride_n + column[None, :], mask=here, other=0.0)
+        tl.store(packed + place[:, None] * dim + column[None, :], x, mask=here)
+        total += x.to(tl.float32)
+    mean = tl.sum(total, 0) / tl.maximum(end - begin, 1)
+    tl.store(packed + (tokens + cluster) * dim + column, mean.to(packed.dtype.element_ty), mask=column < dim)
+
+
+@triton.jit(do_not_specialize=["head_from", "q_clusters", "k_clusters", "capacity"])
 def list_kernel(
     ends,  # [heads, q_clusters, k_clusters] running sums of reads
     reads,  # [heads, q_clusters, k_clusters]
-    order,  # [heads, tokens] key tokens by cluster
     starts,  # [heads, k_clusters + 1]
     listed,  # [heads of this launch, q_clusters, capacity]
     head_from,
     q_clusters,
     k_clusters,
-    tokens,
     capacity,
     BLOCK: tl.constexpr,
     STEPS: tl.constexpr,
+    PIECE: tl.constexpr,
 ):
-    """Write the tokens that a query cluster reads, one after another. A cluster that reads all there is needs no list."""
+    """Write the packed rows that a query cluster reads, one after another, and zeros to the end of the last ``PIECE``.
+
+    Who reads all there is needs no list.
+    """
     row = tl.program_id(1).to(tl.int64)  # query cluster of this launch
     head = head_from + row // q_clusters
     own = (head_from * q_clusters + row) * k_clusters
@@ -41,16 +85,15 @@ def list_kernel(
         for _ in range(STEPS):
             half = size // 2
             probe = low + half
-            above = tl.load(ends + own + tl.minimum(probe, k_clusters - 1))
-            low = tl.where((above <= place) & (half > 0), probe, low)
+            below = tl.load(ends + own + tl.minimum(probe, k_clusters - 1)) <= place
+            low = tl.where(below & (half > 0), probe, low)
             size -= half
-        first = tl.load(ends + own + low)
-        cluster = tl.minimum(tl.where(first <= place, low + 1, low), k_clusters - 1)
+        low = tl.where(tl.load(ends + own + low) <= place, low + 1, low)
+        cluster = tl.minimum(low, k_clusters - 1)
         rank = place - (tl.load(ends + own + cluster) - tl.load(reads + own + cluster))
-        inside = (place < length) & (place < capacity)
-        at = tl.load(starts + head * (k_clusters + 1) + cluster, mask=inside, other=0) + rank
-        token = tl.load(order + head * tokens + at, mask=inside, other=0)
-        tl.store(listed + row * capacity + place, token, mask=inside)
+        begin = tl.load(starts + head * (k_clusters + 1) + cluster)
+        inside = (place < (length + PIECE - 1) // PIECE * PIECE) & (place < capacity)
+        tl.store(listed + row * capacity + place, tl.where(place < length, begin + rank, 0), mask=inside)
 
 
 @triton.jit
@@ -95,18 +138,17 @@ def _absorb(
         "k_tokens",
         "q_clusters",
         "k_clusters",
+        "means",
         "tiles",
         "capacity",
+        "rows",
     ]
 )
 def attend_kernel(
-    query,
-    key,
+    query,  # [batch, heads, q_tokens, dim], any strides but the last, and so is the output
+    key,  # [heads of this launch, rows, dim]
     value,
-    mean_key,  # [heads, k_clusters, dim]
-    mean_value,
     q_order,  # [heads, q_tokens]
-    k_order,  # [heads, k_tokens]
     q_starts,  # [heads, q_clusters + 1]
     k_starts,  # [heads, k_clusters + 1]
     reads,  # [heads, q_clusters, k_clusters]
@@ -114,6 +156,8 @@ def attend_kernel(
     tile_cluster,  # [heads, tiles]
     tile_first,
     listed,  # [heads of this launch, q_clusters, capacity]
+    counted,  # [k_tokens or more] 0, 1, 2, ...
+    logs,  # [k_tokens + 1] their logarithms to base 2
     output,
     lse,  # [heads, q_tokens]
     head_from,
@@ -122,23 +166,18 @@ def attend_kernel(
     k_tokens,
     q_clusters,
     k_clusters,
+    means,  # k_clusters, or 0 if nothing is compensated
     tiles,
     capacity,
-    dim,
+    rows,
     q_stride_b,
     q_stride_h,
     q_stride_n,
-    k_stride_b,
-    k_stride_h,
-    k_stride_n,
-    v_stride_b,
-    v_stride_h,
-    v_stride_n,
     o_stride_b,
     o_stride_h,
     o_stride_n,
     scale,  # times log2(e)
-    COMPENSATE: tl.constexpr,
+    dim,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -147,7 +186,8 @@ def attend_kernel(
     PRECISION: tl.constexpr,
 ):
     """Attend from one tile of rows."""
-    head = (head_from + tl.program_id(1)).to(tl.int64)
+    here = tl.program_id(1).to(tl.int64)
+    head = head_from + here
     # The last cluster of queries may be text, which reads most: it goes first, lest it be waited for.
     tile = tiles - 1 - tl.program_id(0)
     cluster = tl.load(tile_cluster + head * tiles + tile)
@@ -167,15 +207,16 @@ def attend_kernel(
         q = tl.load(q_at, mask=mine[:, None] & inside, other=0.0)
         if UPCAST:
             q = q.to(tl.float32)
-        k_base = key + sample * k_stride_b + part * k_stride_h + column[None, :]
-        v_base = value + sample * v_stride_b + part * v_stride_h + column[None, :]
-        own = (head * q_clusters + tl.minimum(cluster, q_clusters - 1)) * k_clusters
-        everything = tl.load(k_starts + head * (k_clusters + 1) + k_clusters)
+        base = here * rows * dim
+        k_base = key + base + column[None, :]
+        v_base = value + base + column[None, :]
+        known = tl.minimum(cluster, q_clusters - 1)
+        own = (head * q_clusters + known) * k_clusters
         length = tl.load(ends + own + k_clusters - 1)
         length = tl.where(nothing, 0, length)
-        # Who reads everything needs no list: the tokens of all clusters are one.
-        list_at = listed + (tl.program_id(1).to(tl.int64) * q_clusters + cluster) * capacity
-        list_at = tl.where(length == everything, k_order + head * k_tokens, list_at)
+        # Who reads everything needs no list: it reads all rows in their order.
+        everything = tl.load(k_starts + head * (k_clusters + 1) + k_clusters)
+        list_at = tl.where(length == everything, counted, listed + (here * q_clusters + known) * capacity)
 
         acc = tl.zeros([ROWS, WIDTH], tl.float32)
         total = tl.zeros([ROWS], tl.float32)
@@ -184,35 +225,33 @@ def attend_kernel(
         bias = tl.zeros([KEYS], tl.float32)
         whole = length // KEYS * KEYS
         for start in range(0, whole, KEYS):
-            token = tl.load(list_at + start + lane).to(tl.int64)
+            at = tl.load(list_at + start + lane)[:, None] * dim
             if FULL:
-                k = tl.load(k_base + token[:, None] * k_stride_n)
-                v = tl.load(v_base + token[:, None] * v_stride_n)
+                k = tl.load(k_base + at)
+                v = tl.load(v_base + at)
             else:
-                k = tl.load(k_base + token[:, None] * k_stride_n, mask=inside, other=0.0)
-                v = tl.load(v_base + token[:, None] * v_stride_n, mask=inside, other=0.0)
+                k = tl.load(k_base + at, mask=inside, other=0.0)
+                v = tl.load(v_base + at, mask=inside, other=0.0)
             acc, total, top = _absorb(q, k, v, bias, acc, total, top, scale, False, UPCAST, PRECISION)
         if whole < length:
             there = whole + lane < length
-            token = tl.load(list_at + whole + lane, mask=there, other=0).to(tl.int64)
-            k = tl.load(k_base + token[:, None] * k_stride_n, mask=there[:, None] & inside, other=0.0)
-            v = tl.load(v_base + token[:, None] * v_stride_n, mask=there[:, None] & inside, other=0.0)
+            at = tl.load(list_at + whole + lane, mask=there, other=0)[:, None] * dim
+            k = tl.load(k_base + at, mask=there[:, None] & inside, other=0.0)
+            v = tl.load(v_base + at, mask=there[:, None] & inside, other=0.0)
             bias = tl.where(there, 0.0, float("-inf"))
             acc, total, top = _absorb(q, k, v, bias, acc, total, top, scale, True, UPCAST, PRECISION)
-        if COMPENSATE and not nothing:
-            for start in range(0, k_clusters, KEYS):
-                each = start + lane
-                there = each < k_clusters
-                at = head * (k_clusters + 1) + each
-                size = tl.load(k_starts + at + 1, mask=there, other=0) - tl.load(
-                    k_starts + at, mask=there, other=0
-                )
-                left = size - tl.load(reads + own + each, mask=there, other=0)
-                bias = tl.where(left > 0, tl.log2(tl.maximum(left, 1).to(tl.float32)), float("-inf"))
-                mean = (head * k_clusters + each)[:, None] * dim + column[None, :]
-                k = tl.load(mean_key + mean, mask=there[:, None] & inside, other=0.0)
-                v = tl.load(mean_value + mean, mask=there[:, None] & inside, other=0.0)
-                acc, total, top = _absorb(q, k, v, bias, acc, total, top, scale, True, UPCAST, PRECISION)
+        means = tl.where(nothing, 0, means)
+        for start in range(0, means, KEYS):
+            each = start + lane
+            there = each < means
+            size_at = k_starts + head * (k_clusters + 1) + each
+            size = tl.load(size_at + 1, mask=there, other=0) - tl.load(size_at, mask=there, other=0)
+            left = size - tl.load(reads + own + each, mask=there, other=0)
+            bias = tl.load(logs + left)  # minus infinity for none
+            at = (k_tokens + each)[:, None] * dim
+            k = tl.load(k_base + at, mask=there[:, None] & inside, other=0.0)
+            v = tl.load(v_base + at, mask=there[:, None] & inside, other=0.0)
+            acc, total, top = _absorb(q, k, v, bias, acc, total, top, scale, True, UPCAST, PRECISION)
 
         some = total > 0
         acc = tl.where(some[:, None], acc / tl.where(some, total, 1.0)[:, None], 0.0)

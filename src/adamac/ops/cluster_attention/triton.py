@@ -1,4 +1,4 @@
-"""What surrounds the kernels of cluster attention: tables on the device, memory, launches. Nothing is read back.
+"""Cluster attention by kernels: tables on the device, memory, launches. Nothing is read back.
 
 The whole is one operator of torch's library (``adamac::cluster_attention``) with a description of its outputs, so that
 ``torch.compile`` passes it by and a CUDA graph can hold it.
@@ -11,11 +11,14 @@ import math
 import torch
 from torch import Tensor
 
+from adamac.ops.cluster_attention import kernels
 from adamac.ops.launch import attention_launch, interpreted, power_of_two
-from adamac.ops.segment import Segments, segment_mean
+from adamac.ops.segment import Segments
 
-# Lists of tokens that are made at once, in bytes; heads beyond that wait for the next round.
-_LIST_BYTES = 1 << 30
+# Lists, and the means behind packed tokens, are filled up to whole blocks of keys, so that nobody reads past their ends.
+_PIECE = 128
+# Memory for packed keys and values and for lists, in bytes; heads that do not fit wait for the next round.
+_WORKSPACE_BYTES = 1 << 30
 
 
 def triton_cluster_attention(
@@ -29,26 +32,12 @@ def triton_cluster_attention(
     compensate: bool,
     scale: float,
     most: int | None,
+    impl: str = "triton",
 ) -> tuple[Tensor, Tensor]:
-    """Compute :func:`adamac.ops.cluster_attention.cluster_attention` with the Triton kernel."""
-    if compensate:
-        means = [segment_mean(part, keys, impl="triton").to(part.dtype) for part in (key, value)]
-    else:
-        means = [key.new_empty(0), value.new_empty(0)]
-    return _operator(
-        query,
-        key,
-        value,
-        *means,
-        queries.order,
-        queries.starts,
-        keys.order,
-        keys.starts,
-        reads.int(),
-        key.shape[2] if most is None else most,
-        compensate,
-        scale,
-    )
+    """Compute :func:`adamac.ops.cluster_attention.cluster_attention` with the kernel named, ``"triton"`` or ``"hopper"``."""
+    lists = (queries.order, queries.starts, keys.order, keys.starts, reads.int())
+    most = key.shape[2] if most is None else min(most, key.shape[2])
+    return _operator(query, key, value, *lists, max(most, 1), compensate, scale, impl)
 
 
 @torch.library.custom_op("adamac::cluster_attention", mutates_args=())
@@ -56,8 +45,6 @@ def _operator(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mean_key: Tensor,
-    mean_value: Tensor,
     q_order: Tensor,
     q_starts: Tensor,
     k_order: Tensor,
@@ -66,56 +53,42 @@ def _operator(
     most: int,
     compensate: bool,
     scale: float,
+    impl: str,
 ) -> tuple[Tensor, Tensor]:
-    from adamac.ops.cluster_attention import kernels
-
     query, key, value = (part if part.stride(-1) == 1 else part.contiguous() for part in (query, key, value))
     batch, heads, q_tokens, dim = query.shape
     k_tokens = key.shape[2]
     q_clusters, k_clusters = reads.shape[-2:]
-    launch = attention_launch(query.device, query.dtype, dim)
-    width = max(16, power_of_two(dim))
-    reads = reads.contiguous()
+    reads, k_order, k_starts = reads.contiguous(), k_order.contiguous(), k_starts.contiguous()
     ends = reads.cumsum(-1, dtype=torch.int32)
-    tile_cluster, tile_first = tiles(q_starts, q_tokens, launch.rows)
+    launch = attention_launch(query.device, query.dtype, dim)
+    tables = tiles(q_starts, q_tokens, 128 if impl == "hopper" else launch.rows)
     output = torch.empty_like(query)
     lse = torch.empty(batch, heads, q_tokens, dtype=torch.float32, device=query.device)
-    capacity = max(1, min(most, k_tokens))
-    at_once = max(1, min(batch * heads, _LIST_BYTES // (4 * q_clusters * capacity)))
+    rows, capacity = k_tokens + _whole(k_clusters), _whole(most)
+    a_head = 4 * q_clusters * capacity + 2 * rows * dim * key.element_size()
+    at_once = max(1, min(batch * heads, _WORKSPACE_BYTES // a_head))
+    packed = [torch.empty(at_once, rows, dim, dtype=part.dtype, device=part.device) for part in (key, value)]
     listed = torch.empty(at_once, q_clusters, capacity, dtype=torch.int32, device=query.device)
-    block = 64 if interpreted() else 1024
+    counted = torch.arange(_whole(k_tokens + 1), dtype=torch.int32, device=query.device)
+    logs = counted.float().log2()
     for head_from in range(0, batch * heads, at_once):
         count = min(at_once, batch * heads - head_from)
-        kernels.list_kernel[(math.ceil(capacity / block), count * q_clusters)](
-            ends,
-            reads,
-            k_order,
-            k_starts,
-            listed,
-            head_from,
-            q_clusters,
-            k_clusters,
-            k_tokens,
-            capacity,
-            BLOCK=block,
-            STEPS=max(1, k_clusters.bit_length()),
-            num_warps=4,
-        )
-        kernels.attend_kernel[(tile_cluster.shape[-1], count)](
+        for source, target in zip((key, value), packed, strict=True):
+            _pack(source, target, k_order, k_starts, head_from, count)
+        _list(ends, reads, k_starts, listed, head_from, count)
+        arguments = (
             query,
-            key,
-            value,
-            mean_key,
-            mean_value,
-            q_order,
-            k_order,
-            q_starts,
+            *packed,
+            q_order.contiguous(),
+            q_starts.contiguous(),
             k_starts,
             reads,
             ends,
-            tile_cluster,
-            tile_first,
+            *tables,
             listed,
+            counted,
+            logs,
             output,
             lse,
             head_from,
@@ -124,15 +97,24 @@ def _operator(
             k_tokens,
             q_clusters,
             k_clusters,
-            tile_cluster.shape[-1],
+            k_clusters if compensate else 0,
+            tables[0].shape[-1],
             capacity,
-            dim,
+            rows,
             *query.stride()[:3],
-            *key.stride()[:3],
-            *value.stride()[:3],
             *output.stride()[:3],
             scale * math.log2(math.e),
-            COMPENSATE=compensate,
+        )
+        grid = (tables[0].shape[-1], count)
+        if impl == "hopper":
+            from adamac.ops.cluster_attention import hopper_kernels
+
+            hopper_kernels.attend_kernel[grid](*arguments, **hopper_kernels.configuration(dim))
+            continue
+        width = max(16, power_of_two(dim))
+        kernels.attend_kernel[grid](
+            *arguments,
+            dim,
             ROWS=launch.rows,
             KEYS=launch.keys,
             WIDTH=width,
@@ -148,6 +130,51 @@ def _operator(
 @_operator.register_fake
 def _(query: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
     return torch.empty_like(query), query.new_empty(query.shape[:-1], dtype=torch.float32)
+
+
+def _pack(source: Tensor, target: Tensor, order: Tensor, starts: Tensor, head_from: int, count: int) -> None:
+    """Copy the keys or values of some heads into the order of clusters, and their means behind them."""
+    clusters, dim = starts.shape[-1] - 1, source.shape[-1]
+    kernels.pack_kernel[(_whole(clusters), count)](
+        source,
+        target,
+        order,
+        starts,
+        head_from,
+        source.shape[1],
+        source.shape[2],
+        clusters,
+        target.shape[1],
+        dim,
+        *source.stride()[:3],
+        ROWS=16 if interpreted() else 64,
+        WIDTH=power_of_two(dim),
+        num_warps=4,
+    )
+
+
+def _list(ends: Tensor, reads: Tensor, starts: Tensor, listed: Tensor, head_from: int, count: int) -> None:
+    """List what the query clusters of some heads read."""
+    q_clusters, k_clusters = reads.shape[-2:]
+    block = 64 if interpreted() else 1024
+    kernels.list_kernel[(math.ceil(listed.shape[-1] / block), count * q_clusters)](
+        ends,
+        reads,
+        starts,
+        listed,
+        head_from,
+        q_clusters,
+        k_clusters,
+        listed.shape[-1],
+        BLOCK=block,
+        STEPS=max(1, k_clusters.bit_length()),
+        PIECE=_PIECE,
+        num_warps=4,
+    )
+
+
+def _whole(number: int) -> int:
+    return -(-number // _PIECE) * _PIECE
 
 
 def tiles(starts: Tensor, tokens: int, rows: int) -> tuple[Tensor, Tensor]:

@@ -35,7 +35,7 @@ def nearest(points: Tensor, centroids: Tensor, euclidean: bool) -> Tensor:
         offset = torch.zeros_like(offset)
     labels = torch.empty(batch, heads, tokens, dtype=torch.int32, device=points.device)
     width = max(16, power_of_two(dim))
-    rows, block = (16, 16) if interpreted() else (128, 64 if width <= 128 else 32)
+    rows, block, stages = _launch(width * points.element_size())
     _nearest[(triton.cdiv(tokens, rows), batch * heads)](
         points,
         rounded,
@@ -52,10 +52,19 @@ def nearest(points: Tensor, centroids: Tensor, euclidean: bool) -> Tensor:
         FULL=width == dim,
         UPCAST=interpreted(),
         PRECISION="tf32x3" if points.dtype == torch.float32 else "tf32",
-        num_warps=4 if width <= 128 else 8,
-        num_stages=3,
+        num_warps=4,
+        num_stages=stages,
     )
     return labels
+
+
+def _launch(row_bytes: int) -> tuple[int, int, int]:
+    """Points of a program, centroids at once, blocks of centroids in flight: what fits into shared memory."""
+    if interpreted():
+        return 16, 16, 1
+    if row_bytes <= 256:
+        return 128, 64, 3
+    return (64, 32, 2) if row_bytes <= 512 else (32, 16, 1)
 
 
 @triton.jit(do_not_specialize=["tokens", "clusters", "stride_b", "stride_h", "stride_n"])

@@ -1,0 +1,214 @@
+"""Time one self-attention call at the shapes of real models: dense by every kernel there is, and sparse with planning.
+
+Contenders take turns on tensors drawn afresh in each round. A sparse call is what a later denoising step does: cluster from
+the centroids of the step before (made from the same tensors with a tenth of noise), select, list, attend. Its stages are
+timed apart by a profile of the device's kernels, in a call that is not timed otherwise.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from statistics import median, quantiles
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from adamac.attention import AdaCluster, Plan, Tokens, attend
+from adamac.bench.shapes import Shape, draw, drift
+from adamac.ops.cluster_attention import Impl, resolve
+from adamac.ops.dense_attention import Impl as DenseImpl
+from adamac.ops.dense_attention import dense_attention
+from adamac.ops.dense_attention import resolve as resolve_dense
+
+STAGES = {
+    "nearest": ("_nearest",),
+    "sort": ("sort", "radix", "Sort", "scan_by_key"),
+    "moments": ("_moments",),
+    "select": ("_fill", "gemm", "sgemm", "cutlass", "cublas", "Kernel2"),
+    "list": ("list_kernel",),
+    "attend": ("attend_kernel",),
+}
+"""Names of kernels by stage; whatever is in none is "other"."""
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """One sparse contender.
+
+    Attributes:
+        density: Share of the video keys that each row reads exactly.
+        compensate: Whether the rest enters through cluster means.
+        impl: How the plan is carried out.
+    """
+
+    density: float
+    compensate: bool
+    impl: Impl = "auto"
+
+    @property
+    def name(self) -> str:
+        """A name for rows."""
+        return f"adamac {self.density:.0%}{' compensated' if self.compensate else ''}"
+
+    def method(self, base: AdaCluster) -> AdaCluster:
+        """The method with this contender's budget."""
+        return replace(base, budget=Tokens(self.density), compensate=self.compensate)
+
+
+def compare(
+    shape: Shape,
+    contenders: list[Sparse],
+    *,
+    method: AdaCluster,
+    device: torch.device,
+    dtype: torch.dtype,
+    rounds: int,
+) -> Iterator[dict[str, Any]]:
+    """Time all contenders in turns.
+
+    Args:
+        shape: The call.
+        contenders: Sparse ones; dense ones are all that run on this device.
+        method: What plans; each contender has its own budget.
+        device: Where.
+        dtype: Of query, key and value.
+        rounds: Timed rounds, after one that is not.
+
+    Yields:
+        A row for each contender, with times in milliseconds; the sparse ones also with their stages.
+    """
+    clock = Timer(device)
+    times: dict[str, list[float]] = {}
+    facts: dict[str, dict[str, Any]] = {}
+    for number in range(rounds + 1):
+        query, key, value = draw(shape, device, dtype, seed=number)
+        for name in (
+            dense_names(query, key, value) if number == 0 else [n for n in times if n.startswith("dense")]
+        ):
+            call = _dense(query, key, value, name)
+            _take(clock, times.setdefault(name, []), call, number)
+        former = method(drift(query, 0.1, number), drift(key, 0.1, number + 1), layout=shape.layout()).kept()
+        for each in contenders:
+            plan_call = _plan(each.method(method), query, key, shape, former)
+            plan = _take(clock, times.setdefault(f"{each.name}, plan", []), plan_call, number)
+            attend_call = _attend(query, key, value, plan, each.impl)
+            _take(clock, times.setdefault(f"{each.name}, attend", []), attend_call, number)
+            whole = _whole(plan_call, query, key, value, each.impl)
+            _take(clock, times.setdefault(each.name, []), whole, number)
+            if number == 0:
+                facts[each.name] = facts_of(each, plan, query, whole)
+    dense = {name: series for name, series in times.items() if name.startswith("dense")}
+    fastest = min(dense, key=lambda name: median(dense[name]))
+    for name, series in times.items():
+        ratios = [base / own for base, own in zip(times[fastest], series, strict=True)]
+        yield {
+            "arm": name,
+            "time_ms": median(series),
+            "time_ms_p20": quantiles(series, n=5)[0] if len(series) > 1 else series[0],
+            "time_ms_p80": quantiles(series, n=5)[-1] if len(series) > 1 else series[0],
+            "rounds": len(series),
+            "fastest_dense": fastest.removeprefix("dense "),
+            "speedup": median(ratios),
+        } | facts.get(name, {})
+
+
+def dense_names(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
+    """Dense kernels that run here and agree with the reference."""
+    names = []
+    for impl in get_args(DenseImpl):
+        if impl == "auto":
+            continue
+        try:
+            resolve_dense(query, key, value, impl)
+        except ValueError:
+            continue
+        names.append(f"dense {impl}")
+    return names
+
+
+def facts_of(contender: Sparse, plan: Plan, query: Tensor, call: Callable[[], Tensor]) -> dict[str, Any]:
+    """What is no time: density, cost, memory, the implementation; and the stages of one profiled call."""
+    facts: dict[str, Any] = {
+        "density": float(plan.density().mean()),
+        "cost": float(plan.cost().mean()),
+        "impl": resolve(contender.impl, query),
+        "q_clusters": plan.parts()[0].num_clusters,
+        "k_clusters": plan.parts()[1].num_clusters,
+    }
+    kept = plan.kept()
+    facts["state_mib"] = 0.0 if kept is None else kept.state_bytes() / 2**20
+    if query.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        facts["extra_peak_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+        facts["stages_ms"] = stages(call)
+    return facts
+
+
+def stages(call: Callable[[], Tensor]) -> dict[str, float]:
+    """Milliseconds that the device spends in each stage of a call."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    spent = dict.fromkeys([*STAGES, "other"], 0.0)
+    for event in profiler.key_averages():
+        stage = next((s for s, names in STAGES.items() if any(name in event.key for name in names)), "other")
+        spent[stage] += event.self_device_time_total / 1e3
+    return {stage: round(ms, 4) for stage, ms in spent.items()}
+
+
+class Timer:
+    """Milliseconds of a call, by the device's own clock where it has one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+
+    def time(self, call: Callable[[], Any]) -> tuple[float, Any]:
+        """Run the call once."""
+        if not self._cuda:
+            start = time.perf_counter()
+            result = call()
+            return 1e3 * (time.perf_counter() - start), result
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        result = call()
+        stop.record()
+        stop.synchronize()
+        return start.elapsed_time(stop), result
+
+
+def _take(clock: Timer, series: list[float], call: Callable[[], Any], number: int) -> Any:
+    """Run a call and note its time; the first round warms up."""
+    elapsed, result = clock.time(call)
+    if number:
+        series.append(elapsed)
+    return result
+
+
+def _dense(query: Tensor, key: Tensor, value: Tensor, name: str) -> Callable[[], Tensor]:
+    impl: Any = name.removeprefix("dense ")
+    return lambda: dense_attention(query, key, value, scale=query.shape[-1] ** -0.5, impl=impl)
+
+
+def _plan(
+    method: AdaCluster, query: Tensor, key: Tensor, shape: Shape, former: Plan | None
+) -> Callable[[], Plan]:
+    return lambda: method(query, key, layout=shape.layout(), previous=former)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, plan: Plan, impl: Impl) -> Callable[[], Tensor]:
+    return lambda: attend(query, key, value, plan, impl=impl)
+
+
+def _whole(
+    plan: Callable[[], Plan], query: Tensor, key: Tensor, value: Tensor, impl: Impl
+) -> Callable[[], Tensor]:
+    return lambda: attend(query, key, value, plan(), impl=impl)
