@@ -1,7 +1,9 @@
 """The recipe runs from end to end and its parts do what the stock classes do."""
 
+import itertools
 import subprocess
 import sys
+import types
 import zipfile
 
 import cv2
@@ -10,8 +12,16 @@ import pytest
 import torch
 from diffusers import WanPipeline
 
-from adamac.embedded import muon
+from adamac.embedded import dit, muon, replay
 from adamac.embedded import vae as autoencoder
+from adamac.embedded.train import LatentSet
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def tick_once_a_look(monkeypatch, module):
+    """A clock that moves by a second whenever it is read, so that a test takes a known number of steps."""
+    monkeypatch.setattr(module, "time", types.SimpleNamespace(monotonic=itertools.count().__next__))
 
 
 def test_whole_clips_are_coded_as_the_stock_class_codes_them():
@@ -23,6 +33,77 @@ def test_whole_clips_are_coded_as_the_stock_class_codes_them():
         torch.testing.assert_close(mean, vae.encode(video).latent_dist.mean, atol=1e-5, rtol=1e-4)
         rebuilt = autoencoder.decode(vae, mean).clamp(-1, 1)
         torch.testing.assert_close(rebuilt, vae.decode(mean).sample, atol=1e-5, rtol=1e-4)
+
+
+def test_quick_norms_change_nothing():
+    torch.manual_seed(0)
+    vae = autoencoder.build(encoder_width=8, decoder_width=8).eval()
+    video = torch.rand(1, 3, 9, 16, 24) * 2 - 1
+    with torch.no_grad():
+        stock = autoencoder.moments(vae, video)[0]
+        autoencoder.use_quick_norms(vae)
+        torch.testing.assert_close(autoencoder.moments(vae, video)[0], stock, atol=1e-5, rtol=1e-4)
+
+
+def test_stills_are_frames_of_clips_without_a_cut():
+    latents = torch.arange(6.0).view(6, 1, 1, 1, 1).expand(6, 2, 3, 1, 1).bfloat16()
+    ids = torch.arange(6)[:, None].expand(6, 4)
+    batch = next(LatentSet(latents, ids).stills(64, leave_out=2))
+    assert batch.latents.shape == (64, 2, 1, 1, 1)
+    assert torch.equal(batch.latents[:, 0, 0, 0, 0], batch.tokens[:, 0].float())
+    assert 2 not in batch.tokens
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_recorded_step_follows_its_inputs():
+    step = replay.Replayed(lambda x: (x.square().sum(),))
+    for size in (3, 3, 5, 3):
+        x = torch.randn(size, device="cuda")
+        torch.testing.assert_close(step(x)[0], x.square().sum())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_step_that_cannot_be_recorded_is_called_plainly(caplog):
+    def function(x):
+        if x.shape[0] == 5 and torch.cuda.is_current_stream_capturing():
+            x.sum().item()
+        return (x + 0 * torch.randn_like(x),)
+
+    step = replay.Replayed(function)
+    for size in (3, 5, 3, 5):
+        x = torch.randn(size, device="cuda")
+        torch.testing.assert_close(step(x)[0], x)
+    assert "recording failed" in caplog.text
+    x = torch.randn(4, device="cuda")
+    torch.testing.assert_close(replay.Replayed(function)(x)[0], x)  # others can still be recorded
+
+
+def test_the_autoencoder_trains_on_clips_of_two_sizes(monkeypatch):
+    tick_once_a_look(monkeypatch, autoencoder)
+    sizes = itertools.cycle([(2, 5, 16, 24, 3), (1, 5, 32, 48, 3)])
+    vae = autoencoder.train(
+        autoencoder.build(encoder_width=8, decoder_width=8),
+        lambda _: torch.randint(256, next(sizes), dtype=torch.uint8, device=DEVICE),
+        8,
+        1e-3,
+        DEVICE,
+    )
+    assert all(p.isfinite().all() and p.grad_fn is None for p in vae.parameters())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_denoiser_trains_on_clips_and_stills_in_turn(monkeypatch):
+    tick_once_a_look(monkeypatch, dit)
+    network = dit.build(4, 16, layers=2, heads=1, feed_forward=64, text_width=32, text_layers=1).to(DEVICE)
+    averaged = dit.copy_of(network)
+    ids = torch.ones(2, 8, dtype=torch.long, device=DEVICE)
+    lengths = itertools.cycle([3, 3, 1])
+    batches = (dit.Batch(torch.randn(2, 4, n, 4, 6, device=DEVICE), ids) for n in lengths)
+    compiled = DEVICE.type == "cuda"
+    teacher = dit.copy_of(averaged)
+    for target in (dit.data_velocity, dit.guided_velocity(teacher, ids[0], 2.0)):
+        assert dit.train(network, averaged, batches, ids[0], dit.Schedule(12), target, compiled) > 6
+    assert all(p.isfinite().all() and p.grad_fn is None for p in averaged.parameters())
 
 
 def test_muon_updates_have_singular_values_near_one():
@@ -40,7 +121,7 @@ def test_a_tiny_run_ends_with_weights_that_load(tmp_path):
     # A process of its own: the painters are forked, which must come before any thread is started.
     command = [sys.executable, "-m", "adamac.embedded.train", "--tiny", "--workers", "1"]
     command += ["--film", str(tmp_path / "film.avi"), "--output", str(tmp_path)]
-    command += [f"--{stage}-minutes=0.0001" for stage in ("vae", "short", "full", "distil")]
+    command += [f"--{stage}-minutes=0.0001" for stage in ("vae", "short", "still", "full", "distil")]
     subprocess.run(command, check=True, timeout=240, capture_output=True)
     with zipfile.ZipFile(tmp_path / "weights.zip") as archive:
         archive.extractall(tmp_path / "weights")

@@ -18,10 +18,13 @@ from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from transformers import UMT5Config, UMT5EncoderModel
 
 from adamac.embedded.muon import Muon
+from adamac.embedded.replay import Replayed
 
 logger = logging.getLogger(__name__)
 
 FLOW_SHIFT = 3.0
+STILL_SHIFT = 1.5
+"""For one latent frame, of which noise leaves less than of thirteen that say the same."""
 CAPTION_DROPOUT = 0.1
 TIMESTEPS = 1000
 EMA_DECAY = 0.9985
@@ -133,9 +136,10 @@ def shifted(uniform: torch.Tensor, shift: float = FLOW_SHIFT) -> torch.Tensor:
     return shift * uniform / (1 + (shift - 1) * uniform)
 
 
-def draw_sigma(count: int, device: torch.device) -> torch.Tensor:
-    """Logit-normal noise levels, shifted; ``(count,)`` in 0..1."""
-    return shifted(torch.sigmoid(torch.randn(count, device=device)))
+def draw_sigma(latents: torch.Tensor) -> torch.Tensor:
+    """Logit-normal noise levels, shifted; ``(batch,)`` in 0..1."""
+    shift = STILL_SHIFT if latents.shape[2] == 1 else FLOW_SHIFT
+    return shifted(torch.sigmoid(torch.randn(len(latents), device=latents.device)), shift)
 
 
 def noised(latents: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
@@ -239,24 +243,29 @@ def train(
     optimizers = _optimizers(denoiser, schedule.rate)
     peaks = [o.param_groups[0]["lr"] for o in optimizers]
     parameters = list(denoiser.parameters())
-    start, step, recent, saved = time.monotonic(), 0, [], time.monotonic()
-    while (progress := (time.monotonic() - start) / max(schedule.seconds, 1e-9)) < 1 or step == 0:
-        batch = next(batches)
-        batch = Batch(batch.latents, drop_captions(batch.tokens, empty))
-        sigma = draw_sigma(len(batch.latents), device)
-        noise = torch.randn_like(batch.latents)
-        noisy = noised(batch.latents, noise, sigma)
+
+    def losses_and_gradients(latents: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        batch = Batch(latents, drop_captions(tokens, empty))
+        sigma, noise = draw_sigma(latents), torch.randn_like(latents)
+        noisy = noised(latents, noise, sigma)
         with torch.autocast(device.type, torch.bfloat16):
             wanted = target(batch, noisy, noise, sigma)
             error = (denoiser(noisy, sigma, batch.tokens).float() - wanted).square().mean()
-        error.backward()
+        return error.detach(), *torch.autograd.grad(error, parameters, materialize_grads=True)
+
+    work = Replayed(losses_and_gradients)
+    start, step, recent, saved = time.monotonic(), 0, [], time.monotonic()
+    while (progress := (time.monotonic() - start) / max(schedule.seconds, 1e-9)) < 1 or step == 0:
+        batch = next(batches)
+        error, *gradients = work(batch.latents, batch.tokens)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         for optimizer, peak in zip(optimizers, peaks, strict=True):
             optimizer.param_groups[0]["lr"] = peak * schedule.factor(progress, step)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
         follow(averaged, denoiser, min(EMA_DECAY, (step + 1) / (step + 20)))
-        recent.append(error.detach())
+        recent.append(error.clone())  # the next step writes over it
         step += 1
         if step % 200 == 0 or step == 1:
             logger.info(

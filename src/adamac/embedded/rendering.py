@@ -97,11 +97,11 @@ class Renderer:
 
 MIX = {
     "plain": 0.12,
-    "cut": 0.12,
+    "cut": 0.18,
     "interaction": 0.14,
     "thin": 0.12,
-    "small_fast": 0.08,
-    "text": 0.26,
+    "small_fast": 0.06,
+    "text": 0.22,
     "low_light": 0.06,
     "reflection": 0.1,
 }

@@ -463,11 +463,11 @@ _MECHANISMS = {"wheel": _wheel, "pendulum": _pendulum, "clock": _clock, "windmil
 
 
 def _small_fast(rng: np.random.Generator, stage: Stage) -> Script:
-    """One to five small objects, each faster than its own size per frame."""
+    """One to five small objects, each moving about half of its own width or more in a frame."""
     count, shape = int(rng.integers(1, 6)), _choose(rng, ("ball", "star", "square", "triangle"))
     colour, manner = _choose(rng, list(COLOURS)), _choose(rng, tuple(_FLIGHTS))
     backdrop = _pick_background(rng, colour)
-    size = 4.5
+    size = 5.5
     time = np.arange(stage.frames)
     things = []
     for _ in range(count):
@@ -504,12 +504,12 @@ _TEXT_MOTIONS = ("staying still", "moving right", "moving left", "moving up", "m
 
 
 def _text(rng: np.random.Generator, stage: Stage) -> Script:
-    """One to four big characters."""
-    count = int(rng.choice([1, 2, 3, 4], p=[0.35, 0.35, 0.2, 0.1]))
+    """One to three big characters."""
+    count = int(rng.choice([1, 2, 3], p=[0.4, 0.35, 0.25]))
     text = "".join(_choose(rng, LETTERS) for _ in range(count))
     colour, motion = _choose(rng, list(COLOURS)), _choose(rng, _TEXT_MOTIONS)
     backdrop = _pick_background(rng, colour)
-    tall = (88.0, 76.0, 64.0, 54.0)[count - 1]
+    tall = (88.0, 76.0, 64.0)[count - 1]
     half_width, half_height = 0.36 * tall * count, 0.4 * tall
     path = _text_path(rng, stage, motion, half_width, half_height)
 

@@ -2,15 +2,17 @@
 
 Three things happen in turn, each for a given number of minutes: the autoencoder learns to compress
 clips; clips are painted, encoded and kept on the device; the transformer and its text encoder learn to
-denoise them, first clips of 17 frames (many, quick), then the full 49, and at last what the network
-itself says under guidance, so that one forward a step is enough in use. A run can start from the weights
-of an earlier one (``--resume``); it then trains what it is given minutes for.
+denoise them, first clips of 17 frames (many, quick), then stills, then the full 49 frames with stills in
+between, and at last what the network itself says under guidance, so that one forward a step is enough in
+use. A run can start from the weights of an earlier one (``--resume``); it then trains what it is given
+minutes for.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import logging
 import os
@@ -36,6 +38,9 @@ FILM_SHARE = 0.12
 """Share of the film among the transformer's training clips."""
 CROPPED_SHARE = 0.75
 """The autoencoder sees quarters of many clips for this share of its time, then whole frames."""
+STILLS_EVERY = 4
+"""Every so many steps at full length is one of stills: shapes, colours and letters need no motion, and a
+still costs a fortieth of a clip."""
 HELD_OUT_SEED = 10**9
 """Seeds of held-out clips begin here; training seeds stay below."""
 
@@ -55,6 +60,7 @@ class Size:
     held_out: int = 8
     short_batch: int = 64
     full_batch: int = 24
+    still_batch: int = 512
     encode_batch: int = 16
     vae: dict = dataclasses.field(default_factory=dict)
     denoiser: dict = dataclasses.field(default_factory=dict)
@@ -72,6 +78,7 @@ TINY = Size(
     held_out=1,
     short_batch=2,
     full_batch=2,
+    still_batch=2,
     encode_batch=4,
     vae={"encoder_width": 8, "decoder_width": 8},
     denoiser={"layers": 1, "heads": 1, "feed_forward": 64, "text_width": 32, "text_layers": 1},
@@ -91,6 +98,14 @@ class LatentSet:
         while True:
             index = torch.randint(len(self.tokens), (size,), device=self.tokens.device)
             yield dit.Batch(self.latents[index].float(), self.tokens[index])
+
+    def stills(self, size: int, leave_out: int) -> Iterator[dit.Batch]:
+        """Batches of single latent frames, none from a clip whose caption has the token ``leave_out``."""
+        usable = (self.tokens != leave_out).all(dim=1).nonzero()[:, 0]
+        while True:
+            index = usable[torch.randint(len(usable), (size,), device=usable.device)]
+            when = torch.randint(self.latents.shape[2], (size,), device=usable.device)
+            yield dit.Batch(self.latents[index, :, when][:, :, None].float(), self.tokens[index])
 
     def all(self) -> dit.Batch:
         """Everything as one batch."""
@@ -274,10 +289,19 @@ class Run:
         self.report["vae_psnr_db"] = ceiling
         logger.info("vae ceiling, dB: %s", ceiling)
 
+    def stills(self, data: LatentSet) -> Iterator[dit.Batch]:
+        """Single frames; a still cannot say on which side of a cut it is, so clips with one are left out."""
+        return data.stills(self.size.still_batch, self.tokenizer.convert_tokens_to_ids("cut"))
+
+    def full_and_still(self, data: LatentSet) -> Iterator[dit.Batch]:
+        """Clips of full length, and every :data:`STILLS_EVERY` batches one of stills."""
+        clips, stills = data.batches(self.size.full_batch), self.stills(data)
+        for number in itertools.count(1):
+            yield next(clips if number % STILLS_EVERY else stills)
+
     def train_denoiser(
         self,
-        data: LatentSet,
-        batch: int,
+        batches: Iterator[dit.Batch],
         schedule: dit.Schedule,
         name: str,
         target: dit.Target = dit.data_velocity,
@@ -287,7 +311,7 @@ class Run:
         steps = dit.train(
             self.denoiser,
             self.averaged,
-            data.batches(batch),
+            batches,
             self.empty(),
             schedule,
             target,
@@ -345,19 +369,23 @@ class Run:
         self.vae = autoencoder.to_device(self.vae, self.device).eval()
         if options.short_minutes > 0:
             self.train_denoiser(
-                self.training_set(size.short_clips, size.short),
-                size.short_batch,
+                self.training_set(size.short_clips, size.short).batches(size.short_batch),
                 dit.Schedule(
                     options.short_minutes * 60, options.rate, options.short_cooldown, final=options.handover
                 ),
                 "short",
             )
-        if options.full_minutes + options.distil_minutes > 0:
+        if options.still_minutes + options.full_minutes + options.distil_minutes > 0:
             full = self.training_set(size.full_clips, size.full)
+        if options.still_minutes > 0:
+            self.train_denoiser(
+                self.stills(full),
+                dit.Schedule(options.still_minutes * 60, options.rate, 0.3, final=options.handover),
+                "still",
+            )
         if options.full_minutes > 0:
             self.train_denoiser(
-                full,
-                size.full_batch,
+                self.full_and_still(full),
                 dit.Schedule(options.full_minutes * 60, options.rate * options.handover, 0.7),
                 "full",
             )
@@ -368,8 +396,7 @@ class Run:
             self.checkpoint("weights_before_distillation")
             teacher = dit.copy_of(self.averaged)
             self.train_denoiser(
-                full,
-                size.full_batch,
+                full.batches(size.full_batch),
                 dit.Schedule(options.distil_minutes * 60, options.rate * 0.4, 0.8),
                 "distil",
                 dit.guided_velocity(teacher, self.empty(), options.guidance),
@@ -396,6 +423,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--vae-minutes", type=float, default=3.0)
     add("--vae-rate", type=float, default=5e-4, help="peak learning rate of the autoencoder")
     add("--short-minutes", type=float, default=10.0, help="transformer, 17 frames")
+    add("--still-minutes", type=float, default=2.0, help="transformer, single frames of the 49")
     add("--full-minutes", type=float, default=10.0, help="transformer, 49 frames")
     add("--distil-minutes", type=float, default=2.0, help="guidance distillation, 49 frames")
     add("--encode-minutes", type=float, default=2.0, help="at most, for each set of clips")

@@ -48,8 +48,10 @@ def gather(
             part, real = index[start:stop, : sizes[start]], filled[start:stop, : sizes[start]]
             picked = table.pick(entries[start:stop, :longest])
             out, log_sum = _attention(rows[part], *picked, log_size[start:stop, :longest], scale)
-            output[part[real]] = out[real]
-            lse[part[real]] = log_sum[real]
+            if real.all():  # no copies of copies where clusters are of one size
+                output[part], lse[part] = out, log_sum
+            else:
+                output[part[real]], lse[part[real]] = out[real], log_sum[real]
             start = stop
     return output.view_as(query).to(query.dtype), lse.view(query.shape[:-1])
 
@@ -96,9 +98,8 @@ class _Table:
 
     Attributes:
         rows: ``[entries, 2 * head_dim]`` key and value of all tokens, then the means of all clusters.
-        tokens: ``[all heads, k_tokens]`` entries of the tokens in the order of clusters.
-        labels: ``[all heads, k_tokens]`` their clusters; padding has ``k_clusters``.
-        rank: ``[all heads, k_tokens]`` their positions within the cluster.
+        tokens: ``[all heads * k_tokens]`` entries of the tokens, head after head in the order of clusters.
+        starts: ``[all heads, k_clusters]`` where each cluster begins in that order.
         sizes: ``[all heads, k_clusters]`` tokens of each cluster.
         reads: ``[all query clusters, k_clusters]``.
         compensate: Whether the means of what is skipped are read.
@@ -106,8 +107,7 @@ class _Table:
 
     rows: Tensor
     tokens: Tensor
-    labels: Tensor
-    rank: Tensor
+    starts: Tensor
     sizes: Tensor
     reads: Tensor
     compensate: bool
@@ -116,23 +116,20 @@ class _Table:
     def of(cls, key: Tensor, value: Tensor, keys: Segments, reads: Tensor, compensate: bool) -> _Table:
         """Make the table."""
         order = keys.order.long().flatten(0, -2)
-        labels = torch.gather(keys.labels.long().flatten(0, -2), 1, order)
-        starts = keys.starts.long().flatten(0, -2)
-        place = torch.arange(order.shape[1], device=order.device)
-        rank = place - torch.gather(starts, 1, labels.clamp_min(0))
-        labels = labels.masked_fill(labels < 0, keys.number)
-        entries = order + torch.arange(len(order), device=order.device).unsqueeze(1) * order.shape[1]
+        first = torch.arange(len(order), device=order.device).unsqueeze(1) * order.shape[1]
         both = torch.cat([accurate(key), accurate(value)], dim=-1)
         rows = both.view(order.numel(), -1)
         if compensate:
             rows = torch.cat([rows, segment_mean(both, keys).view(-1, rows.shape[1])])
+        starts = keys.starts[..., :-1].long().flatten(0, -2) + first
         sizes = keys.counts.flatten(0, -2)
-        return cls(rows, entries, labels, rank, sizes, reads.reshape(-1, keys.number).long(), compensate)
+        flat_reads = reads.reshape(-1, keys.number).long()
+        return cls(rows, (order + first).reshape(-1), starts, sizes, flat_reads, compensate)
 
     @property
     def width(self) -> int:
         """How many entries a query cluster may read."""
-        return self.labels.shape[1] + (self.sizes.shape[1] if self.compensate else 0)
+        return len(self.tokens) // len(self.sizes) + (self.sizes.shape[1] if self.compensate else 0)
 
     def lengths(self) -> Tensor:
         """How many entries each query cluster reads."""
@@ -149,24 +146,22 @@ class _Table:
             Entries ``[clusters, most]``; what to add to their logits ``[clusters, most]``: the log of how many tokens an
             entry stands for, ``-inf`` past a cluster's own; how many each cluster has.
         """
-        head = self._head(clusters)
-        reads, labels = self.reads[clusters], self.labels[head]
-        # Of padding nothing is read.
-        limit = torch.nn.functional.pad(reads, (0, 1), value=-labels.shape[1])
-        chosen, entry = self.rank[head] < torch.gather(limit, 1, labels), self.tokens[head]
-        log_size = self.rows.new_zeros(chosen.shape)
-        if self.compensate:
-            left = self.sizes[head] - reads
-            mean = torch.arange(left.shape[1], device=left.device) + (head * left.shape[1]).unsqueeze(1)
-            chosen = torch.cat([chosen, left > 0], dim=1)
-            entry = torch.cat([entry, mean + self.tokens.numel()], dim=1)
-            log_size = torch.cat([log_size, left.to(log_size.dtype).log()], dim=1)
-        row = chosen.nonzero()[:, 0]
-        lengths = chosen.sum(1)
-        place = torch.arange(len(row), device=row.device) - (lengths.cumsum(0) - lengths)[row]
-        found = row.new_zeros(len(clusters), int(lengths.max()))
-        weight = log_size.new_full(found.shape, -torch.inf)
-        found[row, place], weight[row, place] = entry[chosen], log_size[chosen]
+        head, reads = self._head(clusters), self.reads[clusters]
+        left = self.sizes[head] - reads if self.compensate else torch.zeros_like(reads)
+        exact, skipped = reads.sum(1), left > 0
+        lengths = exact + skipped.sum(1)
+        found = reads.new_zeros(len(clusters), int(lengths.max()))
+        weight = self.rows.new_full(found.shape, -torch.inf)
+        # Runs of tokens: which pair of clusters each belongs to, and its position within the run and within the row.
+        pair, within = _runs(reads.reshape(-1))
+        row, cluster = pair // reads.shape[1], pair % reads.shape[1]
+        place = torch.arange(len(row), device=row.device) - (exact.cumsum(0) - exact)[row]
+        found[row, place] = self.tokens[self.starts[head[row], cluster] + within]
+        weight[row, place] = 0.0
+        row, cluster = skipped.nonzero().unbind(1)
+        place = exact[row] + (skipped.cumsum(1) - 1)[row, cluster]
+        found[row, place] = len(self.tokens) + head[row] * reads.shape[1] + cluster
+        weight[row, place] = left[row, cluster].to(weight.dtype).log()
         return found, weight, lengths.tolist()
 
     def pick(self, entries: Tensor) -> tuple[Tensor, Tensor]:
@@ -207,3 +202,10 @@ def _eager(
     """Use plain products, which run anywhere."""
     logits = torch.baddbmm(log_size.unsqueeze(1), query, key.transpose(1, 2), alpha=scale)
     return logits.softmax(-1) @ value, logits.logsumexp(-1)
+
+
+def _runs(lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Spell runs out: for each of their elements, in order, the number of its run and its position within."""
+    owner = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
+    first = lengths.cumsum(0) - lengths
+    return owner, torch.arange(len(owner), device=owner.device) - first[owner]
