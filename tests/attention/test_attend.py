@@ -172,5 +172,7 @@ def test_a_plan_for_other_tensors_is_refused(tensors):
 @pytest.mark.parametrize("dense", [True, False])
 def test_an_unknown_implementation_is_refused_even_if_the_plan_is_dense(tensors, dense):
     plan = Plan.dense(Layout.video_only(70), "test") if dense else fake_plan(*tensors[:2])
-    with pytest.raises(ValueError, match="impl must be one of auto, reference, gather, triton, hopper; got 'fast'"):
+    with pytest.raises(
+        ValueError, match="impl must be one of auto, reference, gather, triton, hopper; got 'fast'"
+    ):
         attend(*tensors, plan, impl="fast")

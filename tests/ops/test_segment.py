@@ -57,21 +57,6 @@ def test_lists_and_labels_say_the_same(case):
     assert torch.equal(by_list.counts, by_label.counts)
 
 
-@given(labelled(), st.integers(1, 50))
-def test_a_cut_has_equal_pieces_in_the_order_of_segments(case, size):
-    _, labels, segments = case
-    whole = Segments(labels, segments)
-    cut = whole.cut(size)
-    assert cut.number == -(-labels.shape[-1] // size)
-    inside = (labels >= 0).sum(-1)
-    assert torch.equal(cut.counts.sum(-1), inside)
-    full = inside // size
-    assert ((cut.counts == size).sum(-1) == full).all()
-    assert torch.equal(cut.labels >= 0, labels >= 0)
-    pieces = torch.gather(cut.labels, -1, whole.order.long())
-    assert (pieces.masked_fill(pieces < 0, cut.number).diff(dim=-1) >= 0).all()
-
-
 @given(labelled())
 def test_sum_and_mean_are_those_of_a_loop(case):
     values, labels, segments = case  # small integers, so that sums are exact

@@ -50,8 +50,6 @@ class AdaCluster:
     Attributes:
         query_clusters: Clusters of the queries of each head; ``None`` means the root of the number of video tokens (66 at
             4,368 tokens, 275 at 75,600).
-        query_tile: Cut the queries, in the order of their clusters, into tiles of so many rows, which read each for itself;
-            ``None`` attends whole clusters. Tiles of one size cost the same each, and large clusters are told apart.
         key_clusters: Clusters that the keys of each head start with, before stages for outliers; ``None`` means 4 times
             the root (264 and 1,100): every row reads every centroid, so twice the tokens should not get twice as many.
         max_key_clusters: The most that the keys of a head may get; ``None`` means 1.5 times ``key_clusters``.
@@ -70,7 +68,6 @@ class AdaCluster:
     """
 
     query_clusters: int | None = None
-    query_tile: int | None = 128
     key_clusters: int | None = None
     max_key_clusters: int | None = None
     outlier_factor: float = 2.0
@@ -85,8 +82,9 @@ class AdaCluster:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        counts = ("query_clusters", "query_tile", "key_clusters", "first_iterations", "iterations")
-        check_counts(self, *counts, "recluster_every")
+        check_counts(
+            self, "query_clusters", "key_clusters", "first_iterations", "iterations", "recluster_every"
+        )
         if self.max_key_clusters is not None and self.max_key_clusters < (self.key_clusters or 1):
             raise ValueError(
                 f"AdaCluster.max_key_clusters ({self.max_key_clusters}) must not be below key_clusters "
@@ -149,7 +147,6 @@ class AdaCluster:
                 iterations=self.first_iterations,
                 metric=self._metric,
                 seed=self.seed,
-                tile=self.query_tile,
             )
         elif previous.age + 1 < self.recluster_every:
             age = previous.age + 1
@@ -158,9 +155,7 @@ class AdaCluster:
         else:
             start_queries, start_keys = previous.centroids()
             again = {"iterations": self.iterations}
-            queries = refine(
-                video_query, start_queries, layout, metric=self._metric, tile=self.query_tile, **again
-            )
+            queries = refine(video_query, start_queries, layout, metric=self._metric, **again)
             keys = refine(video_key, start_keys, layout, metric="euclidean", **again)
         score = score_clusters(self.score, queries.means, video_key, keys)
         return Plan(

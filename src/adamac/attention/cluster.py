@@ -24,7 +24,6 @@ def cluster_tokens(
     iterations: int,
     metric: Metric,
     seed: int,
-    tile: int | None = None,
 ) -> Clusters:
     """Cluster the video tokens from scratch, each head by itself.
 
@@ -35,21 +34,18 @@ def cluster_tokens(
         iterations: Lloyd iterations.
         metric: ``"euclidean"`` or ``"cosine"``.
         seed: Chooses the tokens that k-means starts from.
-        tile: Cut what was found; see :func:`as_clusters`.
     """
     valid = layout.video_valid()
     initial = spread_tokens(points, min(num_clusters, points.shape[2]), seed, valid)
     found = kmeans(points, initial, iterations=iterations, metric=metric, include=valid)
-    return as_clusters(points, found, metric, tile)
+    return as_clusters(points, found, metric)
 
 
-def refine(
-    points: Tensor, start: Tensor, layout: Layout, *, iterations: int, metric: Metric, tile: int | None = None
-) -> Clusters:
+def refine(points: Tensor, start: Tensor, layout: Layout, *, iterations: int, metric: Metric) -> Clusters:
     """Cluster the tokens of the next step, starting from the former step's centroids."""
     valid = layout.video_valid()
     found = kmeans(points, start, iterations=iterations, metric=metric, include=valid)
-    return as_clusters(points, found, metric, tile)
+    return as_clusters(points, found, metric)
 
 
 def regroup(points: Tensor, former: Clusters) -> Clusters:
@@ -57,15 +53,8 @@ def regroup(points: Tensor, former: Clusters) -> Clusters:
     return replace(former, means=segment_mean(points, former.members))
 
 
-def as_clusters(points: Tensor, found: Lloyd, metric: Metric, tile: int | None = None) -> Clusters:
-    """Attach mean members; on the unit sphere these are not the centroids.
-
-    With ``tile`` the tokens, in the order of the clusters that were found, are cut into clusters of that many tokens each.
-    All are then of one size, which is what a device likes best, and those of a large cluster are told apart.
-    """
-    if tile is not None:
-        cut = found.members.cut(tile)
-        return Clusters(cut, segment_mean(points, cut), found.centroids)
+def as_clusters(points: Tensor, found: Lloyd, metric: Metric) -> Clusters:
+    """Attach mean members; on the unit sphere these are not the centroids."""
     means = found.centroids if metric == "euclidean" else segment_mean(points, found.members)
     return Clusters(found.members, means, found.centroids)
 

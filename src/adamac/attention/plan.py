@@ -31,8 +31,8 @@ class Clusters:
     Attributes:
         members: The tokens of each cluster; padding is in none.
         means: ``[batch, heads, clusters, head_dim]`` float32, mean member (not normalised).
-        centroids: What a later clustering starts from: the means, their like on the unit sphere, or, if clusters were cut
-            further, those of the clusters before that. ``None`` if there is no later clustering.
+        centroids: What a later clustering starts from: the means, or their like on the unit sphere; ``None`` if there is
+            no later clustering.
     """
 
     members: Segments

@@ -103,6 +103,7 @@ class _Table:
         sizes: ``[all heads, k_clusters]`` tokens of each cluster.
         reads: ``[all query clusters, k_clusters]``.
         compensate: Whether the means of what is skipped are read.
+        picked: What was gathered last.
     """
 
     rows: Tensor
@@ -111,6 +112,7 @@ class _Table:
     sizes: Tensor
     reads: Tensor
     compensate: bool
+    picked: Tensor
 
     @classmethod
     def of(cls, key: Tensor, value: Tensor, keys: Segments, reads: Tensor, compensate: bool) -> _Table:
@@ -124,7 +126,7 @@ class _Table:
         starts = keys.starts[..., :-1].long().flatten(0, -2) + first
         sizes = keys.counts.flatten(0, -2)
         flat_reads = reads.reshape(-1, keys.number).long()
-        return cls(rows, (order + first).reshape(-1), starts, sizes, flat_reads, compensate)
+        return cls(rows, (order + first).reshape(-1), starts, sizes, flat_reads, compensate, rows[:0])
 
     @property
     def width(self) -> int:
@@ -165,9 +167,12 @@ class _Table:
         return found, weight, lengths.tolist()
 
     def pick(self, entries: Tensor) -> tuple[Tensor, Tensor]:
-        """Gather keys and values ``[clusters, entries, head_dim]``."""
-        picked = self.rows.index_select(0, entries.reshape(-1)).view(*entries.shape, -1)
-        keys, values = picked.chunk(2, dim=2)
+        """Gather keys and values ``[clusters, entries, head_dim]`` into memory that the next call takes again."""
+        number = entries.numel()
+        if len(self.picked) < number:  # fresh memory for each batch would cost as much as filling it
+            self.picked = self.rows.new_empty(number, self.rows.shape[1])
+        torch.index_select(self.rows, 0, entries.reshape(-1), out=self.picked[:number])
+        keys, values = self.picked[:number].view(*entries.shape, -1).chunk(2, dim=2)
         return keys, values
 
     def _head(self, clusters: Tensor) -> Tensor:

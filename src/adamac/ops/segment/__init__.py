@@ -68,13 +68,6 @@ class Segments:
         narrow = slots.to(torch.int16) if self.number < 2**15 else slots
         return narrow.sort(dim=-1, stable=True).indices.int()
 
-    def cut(self, size: int) -> Segments:
-        """Cut the tokens, in the order of these segments, into new segments of ``size`` tokens each, the last one shorter."""
-        tokens = self.order.shape[-1]
-        number = -(-tokens // size)
-        bounds = torch.arange(number + 1, device=self.order.device, dtype=torch.int32) * size
-        return Segments.listed(self.order, torch.minimum(bounds, self.starts[..., -1:]))
-
     def nbytes(self) -> int:
         """Bytes of what is held now."""
         return sum(
