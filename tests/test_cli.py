@@ -15,7 +15,7 @@ def test_help_answers_without_torch():
     )
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert answer.returncode == 0, answer.stderr
-    for command in ("bakeoff", "report", "doctor", "version"):
+    for command in ("bakeoff", "report", "doctor", "bench", "version"):
         assert command in answer.stdout
 
 
@@ -45,6 +45,8 @@ def files(folder) -> dict[str, bytes]:
     [
         (["bakeoff", "--arms", "dense", "sage"], "unknown arm 'sage'"),
         (["bakeoff", "--arms", "svg2", "svg2"], "twice"),
+        (["bench", "attention", "--shapes", "wan-99b"], "unknown shape 'wan-99b'; known are tiny, "),
+        (["bench", "attention", "--densities", "1.5"], "a density must be over 0 and at most 1, got 1.5"),
         (["bakeoff", "--prompts", "nowhere.jsonl"], "cannot read nowhere.jsonl"),
         (["bakeoff", "--prompts", "empty.txt"], "holds no prompt"),
         (["bakeoff", "--prompts", "no-model"], "cannot read no-model"),

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -95,6 +95,31 @@ class Doctor:
 
 
 @dataclass(frozen=True)
+class Bench:
+    """Time one operation at the shapes of real models: dense by every kernel that runs here, and sparse with planning.
+
+    Attributes:
+        what: The operation.
+        shapes: tiny, cogvideox-2b, wan-1.3b, wan-14b, hunyuan-129f, hunyuan-193f.
+        densities: Shares of the keys that each row reads; each is timed with and without compensation.
+        heads: Fewer heads than the model has, where memory or time is short.
+        rounds: Timed rounds, in which all contenders take turns.
+        device: "auto", "cpu", "cuda" or "cuda:1".
+        dtype: "auto" (float32 on a CPU, bfloat16 elsewhere), "float32", "bfloat16" or "float16".
+        out: File that rows are appended to.
+    """
+
+    what: Positional[Literal["attention"]]
+    shapes: tuple[str, ...] = ("tiny",)
+    densities: tuple[float, ...] = (0.3, 0.15, 0.08, 0.05)
+    heads: int | None = None
+    rounds: int = 5
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    out: Path | None = None
+
+
+@dataclass(frozen=True)
 class Version:
     """Print the version."""
 
@@ -103,6 +128,7 @@ Command = (
     Annotated[Bakeoff, subcommand("bakeoff")]
     | Annotated[Report, subcommand("report")]
     | Annotated[Doctor, subcommand("doctor")]
+    | Annotated[Bench, subcommand("bench")]
     | Annotated[Version, subcommand("version")]
 )
 
@@ -165,6 +191,29 @@ def doctor(options: Doctor, console: Console) -> int:
     return 0
 
 
+def bench(options: Bench, console: Console) -> int:
+    """Time one operation."""
+    import torch
+
+    from adamac.bench.run import bench_attention, table
+
+    device = _device(options.device)
+    name = options.dtype if options.dtype != "auto" else ("float32" if device == "cpu" else "bfloat16")
+    rows = list(
+        bench_attention(
+            options.shapes,
+            options.densities,
+            heads=options.heads,
+            rounds=options.rounds,
+            device=device,
+            dtype=getattr(torch, name),
+            out=options.out,
+        )
+    )
+    console.print(table(rows))
+    return 0
+
+
 def version(options: Version, console: Console) -> int:
     """Print the version."""
     console.print(adamac.__version__, highlight=False)
@@ -175,6 +224,7 @@ _RUN: dict[type, Callable[[Any, Console], int]] = {
     Bakeoff: bakeoff,
     Report: report,
     Doctor: doctor,
+    Bench: bench,
     Version: version,
 }
 

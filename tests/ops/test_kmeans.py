@@ -154,3 +154,16 @@ def test_the_kernel_gives_ties_to_the_lower_index(device):
     centroids = torch.ones(1, 1, 50, 16, device=device)
     centroids[:, :, :3] = 5
     assert (nearest(points, centroids, impl="triton") == 3).all()
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_the_kernels_run_the_same_iterations(metric, device):
+    points = attention_like(2, 3, 120, 16, device=device)[1]
+    initial = torch.cat([points[:, :, ::12], points[:, :, :1] + 100], dim=2)  # the last one stays empty
+    include = torch.rand(2, 1, 120, device=device) < 0.8
+    plain, kernel = (
+        kmeans(points, initial, iterations=3, metric=metric, include=include, impl=impl)
+        for impl in ("torch", "triton")
+    )
+    assert torch.equal(plain.members.labels, kernel.members.labels.long())
+    torch.testing.assert_close(plain.centroids, kernel.centroids)

@@ -79,7 +79,7 @@ class Layout:
             labels = members.labels.new_full((*members.labels.shape[:2], self.tokens), members.number)
             labels[:, :, self.video_start : self.video_stop] = members.labels
             return Segments(labels.masked_fill(~self.valid[:, None], -1), members.number + 1)
-        order, starts = members.order, members.starts
+        starts, order = members.starts, members.order
         tokens = torch.arange(self.tokens, device=order.device, dtype=order.dtype)
         text = torch.cat([tokens[: self.video_start], tokens[self.video_stop :]])
         order = torch.cat([order + self.video_start, text.expand(*order.shape[:2], -1)], dim=-1)

@@ -48,6 +48,11 @@ class Family:
         pattern = re.compile(self.self_attention)
         return [(name, module) for name, module in transformer.named_modules() if pattern.fullmatch(name)]
 
+    def blocks(self, transformer: torch.nn.Module) -> list[torch.nn.Module]:
+        """The blocks that self-attention modules are part of, in the order in which they run."""
+        names = dict.fromkeys(name.rpartition(".")[0] for name, _ in self.modules(transformer))
+        return [transformer.get_submodule(name) for name in names]
+
     def grid(self, transformer: Any, latents: torch.Tensor) -> tuple[int, int, int] | None:
         """Token grid (frames, height, width) of latents, or ``None`` if they are not 5-D."""
         if latents.ndim != 5:

@@ -14,9 +14,10 @@ from torch import Tensor
 from adamac.attention import AdaCluster, Layout, Method, Plan, Schedule, attend
 from adamac.integrations.diffusers.clock import Clock, Moment
 from adamac.integrations.diffusers.families import Family, UnsupportedModelError, family_of, transformers_of
-from adamac.integrations.diffusers.hooks import AttentionHook, TransformerHook
+from adamac.integrations.diffusers.hooks import TransformerHook
 from adamac.integrations.diffusers.ledger import Call, Ledger, Report
 from adamac.integrations.diffusers.padding import TextLengths
+from adamac.integrations.diffusers.seam import Site, attach, detach
 from adamac.ops import dense_attention
 from adamac.ops.cluster_attention import Impl, resolve
 
@@ -32,6 +33,7 @@ def enable(
     impl: Impl = "auto",
     num_steps: int | None = None,
     strict: bool = False,
+    compile: bool = False,
 ) -> Handle:
     """Make the self-attention of a video pipeline sparse.
 
@@ -45,6 +47,10 @@ def enable(
         impl: How plans are carried out; see :func:`adamac.attention.attend`.
         num_steps: Steps of a video, needed only if a bare transformer is given and the schedule has shares of steps.
         strict: Raise instead of running densely for a reason that is not the schedule's.
+        compile: Compile the transformer's blocks in full graphs (``torch.compile``), which fuses what is not attention:
+            norms, position embedding, modulation. On short models that is half of a step. Blocks that are compiled
+            already stay as they are. The first step of each shape takes long, and output is no longer bit for bit that of
+            an uncompiled transformer.
 
     Returns:
         A handle with ``report()`` and ``disable()``; also a context manager that disables at its end.
@@ -61,6 +67,7 @@ def enable(
         impl=impl,
         num_steps=num_steps,
         strict=strict,
+        compile=compile,
     )
 
 
@@ -76,6 +83,7 @@ class Handle:
         impl: Impl,
         num_steps: int | None,
         strict: bool,
+        compile: bool,
     ) -> None:
         self.method = method
         self.schedule = schedule
@@ -99,7 +107,10 @@ class Handle:
             len(family.modules(transformer))
             for family, transformer in zip(self._families, self._transformers, strict=True)
         ]
+        self._compiled: list[torch.nn.Module] = []
         self._install()
+        if compile:
+            self._compile()
 
     def __enter__(self) -> Handle:
         return self
@@ -126,11 +137,21 @@ class Handle:
         """Take everything off again; the pipeline's output is bit-identical to before. May be called twice."""
         for transformer, family in zip(self._transformers, self._families, strict=True):
             for _, module in family.modules(transformer):
-                HookRegistry.check_if_exists_or_initialize(module).remove_hook(_HOOK, recurse=False)
+                detach(module)
             registry = HookRegistry.check_if_exists_or_initialize(transformer)
             registry.remove_hook(_HOOK, recurse=False)
             _forget_children(registry)
+        for block in self._compiled:
+            block._compiled_call_impl = None
+        self._compiled.clear()
         self._forget_plans()
+
+    def _compile(self) -> None:
+        for transformer, family in zip(self._transformers, self._families, strict=True):
+            for block in family.blocks(transformer):
+                if block._compiled_call_impl is None:
+                    block.compile(fullgraph=True)
+                    self._compiled.append(block)
 
     def _install(self) -> None:
         parts = list(zip(self._transformers, self._families, strict=True))
@@ -142,8 +163,7 @@ class Handle:
             hook = TransformerHook(self._announce(index), self._forget_text, self._forget_plans)
             registry.register_hook(hook, _HOOK)
             for layer, (_, module) in enumerate(family.modules(transformer)):
-                hook = AttentionHook(self._attention, self._bypassed, layer)
-                HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, _HOOK)
+                attach(module, Site(self._attention, self._bypassed, layer))
             _forget_children(registry)
 
     def _announce(self, index: int) -> Any:

@@ -35,7 +35,8 @@ def triton_cluster_attention(
     impl: str = "triton",
 ) -> tuple[Tensor, Tensor]:
     """Compute :func:`adamac.ops.cluster_attention.cluster_attention` with the kernel named, ``"triton"`` or ``"hopper"``."""
-    lists = (queries.order, queries.starts, keys.order, keys.starts, reads.int())
+    q_starts, k_starts = queries.starts, keys.starts  # before the orders, which they may bring
+    lists = (queries.order, q_starts, keys.order, k_starts, reads.int())
     most = key.shape[2] if most is None else min(most, key.shape[2])
     return _operator(query, key, value, *lists, max(most, 1), compensate, scale, impl)
 

@@ -166,7 +166,11 @@ def spread_tokens(points: Tensor, clusters: int, seed: int, include: Tensor | No
 
 
 def _update(points: Tensor, members: Segments, old: Tensor, metric: Metric, impl: Impl) -> Tensor:
+    if chosen(impl, points) == "triton":
+        from adamac.ops.segment import triton as kernels
+
+        return kernels.segment_moments(points, members, "centroid", metric == "cosine", old)[0]
     counts = members.counts.unsqueeze(-1)
-    sums = segment_sum(points, members, normalise=metric == "cosine", impl=impl)
+    sums = segment_sum(points, members, normalise=metric == "cosine", impl="torch")
     moved = torch.nn.functional.normalize(sums, dim=-1) if metric == "cosine" else sums / counts.clamp_min(1)
     return torch.where(counts > 0, moved, old)

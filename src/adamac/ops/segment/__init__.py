@@ -48,7 +48,7 @@ class Segments:
     @cached_property
     def counts(self) -> Tensor:
         """Tokens of each segment: ``[batch, heads, number]`` int64."""
-        if "starts" in self.__dict__:
+        if "starts" in self.__dict__ or self._on_gpu:
             return self.starts.diff().long()
         # Tokens of no segment are counted in one more, which is cut off. Integer additions commute: any order will do.
         slots = torch.where(self.labels < 0, self.number, self.labels).long()
@@ -58,15 +58,30 @@ class Segments:
     @cached_property
     def starts(self) -> Tensor:
         """Where each segment begins in ``order``: ``[batch, heads, number + 1]`` int32; the last is where none begins."""
+        if (
+            self._on_gpu
+        ):  # it will need the order too, and finds bounds in sorted labels sooner than it counts
+            labels, self.order = self._sort()
+            wanted = torch.arange(self.number + 1, device=labels.device, dtype=labels.dtype)
+            wanted = wanted.expand(*labels.shape[:-1], -1).contiguous()
+            return torch.searchsorted(labels, wanted, out_int32=True)
         return torch.nn.functional.pad(self.counts.cumsum(-1), (1, 0)).int()
 
     @cached_property
     def order(self) -> Tensor:
         """Tokens, segment after segment and in the order of the sequence within, none's last: like ``labels``, int32."""
+        return self._sort()[1]
+
+    def _sort(self) -> tuple[Tensor, Tensor]:
         slots = torch.where(self.labels < 0, self.number, self.labels)
         # Labels of 16 bits take half the passes of a radix sort.
         narrow = slots.to(torch.int16) if self.number < 2**15 else slots
-        return narrow.sort(dim=-1, stable=True).indices.int()
+        labels, order = narrow.sort(dim=-1, stable=True)
+        return labels, order.int()
+
+    @property
+    def _on_gpu(self) -> bool:
+        return "labels" in self.__dict__ and self.labels.device.type == "cuda"
 
     def nbytes(self) -> int:
         """Bytes of what is held now."""

@@ -14,34 +14,40 @@ from torch import Tensor
 from adamac.ops.launch import interpreted, power_of_two
 from adamac.ops.segment import Segments
 
-_MODES = {"sum": 0, "mean": 1, "variance": 2, "extremes": 3}
+_MODES = {"sum": 0, "mean": 1, "variance": 2, "extremes": 3, "centroid": 4}
 
 
-def segment_moments(values: Tensor, segments: Segments, mode: str, normalise: bool) -> tuple[Tensor, Tensor]:
+def segment_moments(
+    values: Tensor, segments: Segments, mode: str, normalise: bool, former: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Reduce the rows of each segment.
 
     Args:
         values: ``[batch, heads, tokens, dim]``, the last dimension contiguous.
         segments: Of the tokens.
-        mode: ``"sum"``, ``"mean"``, ``"variance"`` (mean and variance) or ``"extremes"`` (minimum and maximum).
+        mode: ``"sum"``, ``"mean"``, ``"variance"`` (mean and variance), ``"extremes"`` (minimum and maximum), or
+            ``"centroid"``: the mean, scaled to length 1 if rows are, and ``former`` for an empty segment.
         normalise: Scale each row to length 1 first.
+        former: ``[batch, heads, number, dim]`` float32, for ``"centroid"``.
 
     Returns:
         Two tensors ``[batch, heads, number, dim]`` float32; the second is empty where there is one result.
     """
     batch, heads, _, dim = values.shape
     values = values if values.stride(-1) == 1 else values.contiguous()
+    starts, order = segments.starts, segments.order  # in this order, since the first may bring the second
     first = torch.empty(batch, heads, segments.number, dim, dtype=torch.float32, device=values.device)
     second = torch.empty_like(first) if mode in ("variance", "extremes") else first[..., :0]
     rows = 16 if interpreted() else 32
     _moments[(segments.number, batch * heads)](
         values,
-        segments.order.contiguous(),
-        segments.starts.contiguous(),
+        order.contiguous(),
+        starts.contiguous(),
+        first if former is None else former.float().contiguous(),
         first,
         second,
         heads,
-        segments.order.shape[-1],
+        order.shape[-1],
         segments.number,
         dim,
         *values.stride()[:3],
@@ -59,6 +65,7 @@ def _moments(
     values,
     order,
     starts,
+    former,
     first,
     second,
     heads,
@@ -107,6 +114,10 @@ def _moments(
         result = tl.sum(one, 0)
         if MODE > 0:
             result /= size
+        if MODE == 4:
+            if NORMALISE:
+                result /= tl.maximum(tl.sqrt(tl.sum(result * result, 0)), 1e-12)
+            result = tl.where(begin < end, result, tl.load(former + out, mask=inside, other=0.0))
         tl.store(first + out, result, mask=inside)
         if MODE == 2:
             for start in range(begin, end, ROWS):

@@ -1,0 +1,89 @@
+"""Run the benchmark of one operation at several shapes: rows as they come, and a table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from adamac.attention import AdaCluster
+from adamac.bakeoff.errors import BadInput
+from adamac.bakeoff.machine import machine_stamp
+from adamac.bench.attention import Sparse, compare
+from adamac.bench.shapes import SHAPES
+
+
+def bench_attention(
+    shapes: tuple[str, ...],
+    densities: tuple[float, ...],
+    *,
+    heads: int | None,
+    rounds: int,
+    device: str,
+    dtype: torch.dtype,
+    out: Path | None,
+) -> Iterator[dict[str, Any]]:
+    """Time attention, dense and sparse, at shapes of real models.
+
+    Args:
+        shapes: Names in :data:`adamac.bench.shapes.SHAPES`.
+        densities: Shares of the keys that each row reads; each with and without compensation.
+        heads: Fewer heads than the model has, which rows then say; ``None`` means all.
+        rounds: Timed rounds.
+        device: Where.
+        dtype: Of query, key and value.
+        out: A file that rows are appended to, each as soon as its shape is done.
+
+    Yields:
+        Rows, with the machine, versions and commit they were measured on.
+
+    Raises:
+        BadInput: If a shape is unknown or a density is out of range.
+    """
+    unknown = [name for name in shapes if name not in SHAPES]
+    if unknown:
+        raise BadInput(f"unknown shape {unknown[0]!r}; known are {', '.join(SHAPES)}")
+    if bad := [density for density in densities if not 0 < density <= 1]:
+        raise BadInput(f"a density must be over 0 and at most 1, got {bad[0]}")
+    contenders = [Sparse(density, compensate) for density in densities for compensate in (True, False)]
+    stamp = machine_stamp(device)
+    for name in shapes:
+        shape = SHAPES[name] if heads is None else replace(SHAPES[name], heads=heads)
+        facts = {
+            "benchmark": "attention",
+            "shape": name,
+            "what": shape.what,
+            "video_tokens": shape.video,
+            "text_tokens": shape.text,
+            "heads": shape.heads,
+            "all_heads": shape.heads == SHAPES[name].heads,
+            "head_dim": shape.head_dim,
+            "dtype": str(dtype).removeprefix("torch."),
+            "inputs": "clustered, drawn fresh each round; no model",
+        }
+        for row in compare(
+            shape, contenders, method=AdaCluster(), device=torch.device(device), dtype=dtype, rounds=rounds
+        ):
+            whole = facts | row | stamp
+            if out is not None:
+                out.parent.mkdir(parents=True, exist_ok=True)
+                with out.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(whole) + "\n")
+            yield whole
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """Lay rows out for a terminal."""
+    drawn = Table(title="one self-attention call, milliseconds")
+    for column in ("shape", "arm", "p50", "p20", "p80", "x fastest dense", "density", "cost", "impl"):
+        drawn.add_column(column, justify="left" if column in ("shape", "arm", "impl") else "right")
+    for row in rows:
+        times = [f"{row[name]:.3g}" for name in ("time_ms", "time_ms_p20", "time_ms_p80")]
+        shares = [f"{row[name]:.1%}" if name in row else "" for name in ("density", "cost")]
+        drawn.add_row(row["shape"], row["arm"], *times, f"{row['speedup']:.2f}", *shares, row.get("impl", ""))
+    return drawn

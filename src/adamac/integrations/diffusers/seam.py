@@ -1,0 +1,240 @@
+"""The seam: a self-attention module runs as ever, but for its single call of ``scaled_dot_product_attention``.
+
+A torch function mode, entered while the module runs, takes that call and leaves everything else as it is: projections with
+LoRA or quantised weights, norms, position embeddings, the processor and its settings. No processor is replaced, so what
+diffusers does to processors goes on working.
+
+A module gets the seam by its class: it becomes an instance of a subclass that differs in ``forward``. A forward of its own,
+which is what diffusers' hooks give a module, would make ``torch.compile`` compile each layer anew, because it compares the
+objects. Only where such a hook is on the module already does the seam go around it, as one more hook.
+
+While ``torch.compile`` traces, the call becomes the operator ``adamac::site_attention``, which the compiler passes by. When
+it runs it looks up its module's site, and everything is as without compiling: schedule, plans of former steps, counting.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers.hooks import HookRegistry, ModelHook
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+_SDPA = torch.nn.functional.scaled_dot_product_attention
+_HOOK = "adamac"
+
+# Sites by number, for compiled code. A number is a tensor: a plain one would be compiled in, and each layer compiled anew.
+_numbers = itertools.count()
+_sites: weakref.WeakValueDictionary[int, Site] = weakref.WeakValueDictionary()
+
+
+class Site:
+    """What one self-attention module needs to know of its handle.
+
+    Args:
+        attention: Attends in place of ``scaled_dot_product_attention``, given layer, video tokens, text tokens, query, key,
+            value, mask and scale.
+        on_bypass: Told the layer and the reason of a call that went past us.
+        layer: Index of the module.
+    """
+
+    def __init__(
+        self,
+        attention: Callable[[int, int, int, Tensor, Tensor, Tensor, Tensor | None, float | None], Tensor],
+        on_bypass: Callable[[int, str], None],
+        layer: int,
+    ) -> None:
+        self._attention = attention
+        self._on_bypass = on_bypass
+        self._layer = layer
+        number = next(_numbers)
+        _sites[number] = self
+        self.number = torch.tensor(number)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Site:
+        return self  # a copied module belongs to the same handle
+
+    def attend(
+        self,
+        video_tokens: int,
+        text_tokens: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scale: float | None,
+    ) -> Tensor:
+        """Attend for this module."""
+        return self._attention(self._layer, video_tokens, text_tokens, query, key, value, mask, scale)
+
+    def bypassed(self, problem: str) -> None:
+        """Take down that this module attended past us."""
+        self._on_bypass(self._layer, problem)
+
+
+def attach(module: torch.nn.Module, site: Site) -> None:
+    """Give a module the seam."""
+    if "forward" in vars(module):  # another's hook wraps this module, which a change of class would go under
+        HookRegistry.check_if_exists_or_initialize(module).register_hook(_SiteHook(site), _HOOK)
+        return
+    vars(module)["adamac_site"] = site
+    module.__class__ = _with_seam(type(module))
+
+
+def detach(module: torch.nn.Module) -> None:
+    """Take the seam off again. A hook that was put on since then may still call it, and finds no site."""
+    HookRegistry.check_if_exists_or_initialize(module).remove_hook(_HOOK, recurse=False)
+    base = getattr(type(module), "adamac_base", None)
+    if base is not None:
+        module.__class__ = base
+        del vars(module)["adamac_site"]
+
+
+@functools.cache
+def _with_seam(base: type[torch.nn.Module]) -> type[torch.nn.Module]:
+    """Derive the class of modules with the seam."""
+    original = base.forward
+
+    @functools.wraps(original)
+    def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        site = getattr(self, "adamac_site", None)
+        if site is None:
+            return original(self, *args, **kwargs)
+        return _run(site, functools.partial(original, self), args, kwargs)
+
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    return type(base.__name__, (base,), names | {"forward": forward, "adamac_base": base})
+
+
+class _SiteHook(ModelHook):
+    """The seam as a hook, around the hooks that were there before."""
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        self._site = site
+
+    def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Run the module under the mode."""
+        return _run(self._site, self.fn_ref.original_forward, args, kwargs)  # ty: ignore[invalid-argument-type]
+
+
+def _run(site: Site, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a module's forward with its attention call replaced."""
+    video = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    text = kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else (args[1:2] or (None,))[0]
+    text_tokens = 0 if text is None else text.shape[1]
+    if torch.compiler.is_compiling():
+        _traced.place = (site.number, video.shape[1], text_tokens)
+        with _traced:
+            return forward(*args, **kwargs)
+    mode = _ReplaceAttention(functools.partial(site.attend, video.shape[1], text_tokens))
+    with mode:
+        output = forward(*args, **kwargs)
+    if mode.problem is not None:
+        site.bypassed(mode.problem)
+    return output
+
+
+class _ReplaceAttention(TorchFunctionMode):
+    """Sends calls of ``scaled_dot_product_attention`` elsewhere."""
+
+    def __init__(
+        self, attention: Callable[[Tensor, Tensor, Tensor, Tensor | None, float | None], Tensor]
+    ) -> None:
+        super().__init__()
+        self._attention = attention
+        # Why attention went past us; stays if scaled_dot_product_attention is never called.
+        self.problem: str | None = (
+            "the attention back end does not call scaled_dot_product_attention; set it to 'native'"
+        )
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is not _SDPA:
+            return func(*args, **kwargs)
+        named = _named(args, kwargs)
+        self.problem = _problem({flag: named.get(flag) for flag in _FLAGS})
+        if self.problem is not None:
+            return func(*args, **kwargs)
+        return self._attention(
+            named["query"], named["key"], named["value"], named.get("attn_mask"), named.get("scale")
+        )
+
+
+class _TracedAttention(TorchFunctionMode):
+    """The same while the compiler traces; made once, because traced code may not make modes."""
+
+    place: tuple[Tensor, int, int]
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.unflatten:  # whose call of super() the compiler cannot trace under a mode
+            return _unflatten(*args, **kwargs)
+        if func is not _SDPA:
+            return func(*args, **kwargs)
+        named = _named(args, kwargs)
+        parts = (named["query"], named["key"], named["value"], named.get("attn_mask"), named.get("scale"))
+        flags = (named.get("dropout_p") or 0.0, bool(named.get("is_causal")), bool(named.get("enable_gqa")))
+        return torch.ops.adamac.site_attention(*parts, *flags, *self.place)
+
+
+_traced = _TracedAttention()
+_FLAGS = ("dropout_p", "is_causal", "enable_gqa")
+
+
+def _named(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+    return dict(zip(names, args, strict=False)) | kwargs
+
+
+def _problem(flags: dict[str, Any]) -> str | None:
+    """Say what is asked of attention that a plan cannot do."""
+    odd = [name for name, value in flags.items() if value]
+    return f"attention with {', '.join(odd)} is not supported" if odd else None
+
+
+def _unflatten(tensor: Tensor, dim: int, sizes: tuple[int, ...]) -> Tensor:
+    dim = dim % tensor.ndim
+    return tensor.reshape(*tensor.shape[:dim], *sizes, *tensor.shape[dim + 1 :])
+
+
+@torch.library.custom_op("adamac::site_attention", mutates_args=())
+def site_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    dropout: float,
+    causal: bool,
+    grouped: bool,
+    number: Tensor,
+    video_tokens: int,
+    text_tokens: int,
+) -> Tensor:
+    """Attend as the site of a module says, densely if it is gone; laid out like the query, as the compiler was told."""
+    site = _sites.get(int(number))
+    flags: dict[str, Any] = dict(zip(_FLAGS, (dropout, causal, grouped), strict=True))
+    problem = _problem(flags)
+    if site is not None and problem is None:
+        output = site.attend(video_tokens, text_tokens, query, key, value, mask, scale)
+    else:
+        if site is not None and problem is not None:
+            site.bypassed(problem)
+        output = _SDPA(query, key, value, attn_mask=mask, scale=scale, **flags)
+    promised = torch.empty_like(query)
+    return output if output.stride() == promised.stride() else promised.copy_(output)
+
+
+@site_attention.register_fake
+def _(query: Tensor, *rest: object) -> Tensor:
+    return torch.empty_like(query)

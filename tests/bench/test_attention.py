@@ -1,0 +1,82 @@
+"""The benchmark of one attention call: what its rows say."""
+
+import json
+
+import pytest
+import torch
+
+from adamac import cli
+from adamac.attention import AdaCluster
+from adamac.bench.attention import STAGES, Sparse, compare
+from adamac.bench.shapes import SHAPES, draw, drift
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_shape_is_that_of_its_layout(name):
+    shape = SHAPES[name]
+    layout = shape.layout()
+    assert (layout.tokens, layout.video_tokens) == (shape.tokens, shape.video)
+    assert layout.video_start == (shape.text if shape.text_first else 0)
+
+
+def test_drawn_tensors_are_fresh_for_each_seed_and_lie_token_by_token(device):
+    one, again, other = (draw(SHAPES["tiny"], device, torch.float32, seed) for seed in (0, 0, 1))
+    for a, b, c in zip(one, again, other, strict=True):
+        assert a.shape == (1, 2, 1024, 64)
+        assert a.transpose(1, 2).is_contiguous()
+        assert torch.equal(a, b)
+        assert not torch.equal(a, c)
+
+
+def test_drawn_tensors_look_like_attention(device):
+    query, key, _ = draw(SHAPES["tiny"], device, torch.float32, seed=0)
+    weights = (query @ key.transpose(-1, -2) / 8).softmax(-1)
+    heaviest = weights.sort(dim=-1, descending=True).values[..., :102].sum(-1)  # a tenth of the keys
+    assert heaviest.mean() > 0.35
+
+
+def test_a_step_earlier_is_alike_but_not_the_same(device):
+    key = draw(SHAPES["tiny"], device, torch.float32, seed=0)[1]
+    former = drift(key, 0.1, seed=1)
+    assert 0.09 < float((former - key).std() / key.std()) < 0.11
+
+
+def test_rows_name_every_contender_with_its_facts(device):
+    contenders = [Sparse(0.15, True), Sparse(0.5, False)]
+    options = {"method": AdaCluster(), "device": device, "dtype": torch.float32, "rounds": 2}
+    rows = {row["arm"]: row for row in compare(SHAPES["tiny"], contenders, **options)}
+    for name in ("adamac 15% compensated", "adamac 50%"):
+        assert {name, f"{name}, plan", f"{name}, attend"} <= rows.keys()
+    assert (
+        rows["dense native"]["speedup"] == pytest.approx(1)
+        or rows["dense native"]["fastest_dense"] != "native"
+    )
+    sparse = rows["adamac 15% compensated"]
+    assert sparse["density"] == pytest.approx(0.15, abs=1e-3)
+    assert sparse["cost"] > sparse["density"]
+    assert rows["adamac 50%"]["cost"] == rows["adamac 50%"]["density"]
+    assert all(row["time_ms"] > 0 and row["rounds"] == 2 for row in rows.values())
+    if device.type == "cuda":
+        assert set(sparse["stages_ms"]) == {*STAGES, "other"}
+        assert sparse["stages_ms"]["attend"] > 0
+
+
+def test_the_command_writes_rows_with_machine_and_shape(tmp_path, capsys):
+    out = tmp_path / "rows.jsonl"
+    arguments = [
+        "bench",
+        "attention",
+        "--densities",
+        "0.2",
+        "--rounds",
+        "1",
+        "--device",
+        "cpu",
+        "--out",
+        str(out),
+    ]
+    assert cli.main(arguments) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {"adamac 20% compensated", "adamac 20%"} <= {row["arm"] for row in rows}
+    assert all(row["shape"] == "tiny" and row["all_heads"] and row["torch"] for row in rows)
+    assert "one self-attention call" in capsys.readouterr().out
