@@ -72,13 +72,14 @@ def list_kernel(
 
     Who reads all there is needs no list.
     """
-    row = tl.program_id(1).to(tl.int64)  # query cluster of this launch
+    row = tl.program_id(0).to(tl.int64)  # query cluster of this launch
     head = head_from + row // q_clusters
     own = (head_from * q_clusters + row) * k_clusters
     length = tl.load(ends + own + k_clusters - 1)
     everything = tl.load(starts + head * (k_clusters + 1) + k_clusters)
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    if (tl.program_id(0) * BLOCK < length) & (length < everything):
+    filled = tl.minimum((length + PIECE - 1) // PIECE * PIECE, capacity)
+    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    if (tl.program_id(1) * BLOCK < filled) & (length < everything):
         # The first cluster whose running sum is above the place, found by halving.
         low = tl.zeros([BLOCK], tl.int32)
         size = k_clusters
@@ -92,8 +93,7 @@ def list_kernel(
         cluster = tl.minimum(low, k_clusters - 1)
         rank = place - (tl.load(ends + own + cluster) - tl.load(reads + own + cluster))
         begin = tl.load(starts + head * (k_clusters + 1) + cluster)
-        inside = (place < (length + PIECE - 1) // PIECE * PIECE) & (place < capacity)
-        tl.store(listed + row * capacity + place, tl.where(place < length, begin + rank, 0), mask=inside)
+        tl.store(listed + row * capacity + place, tl.where(place < length, begin + rank, 0), mask=place < filled)
 
 
 @triton.jit

@@ -158,7 +158,7 @@ def _list(ends: Tensor, reads: Tensor, starts: Tensor, listed: Tensor, head_from
     """List what the query clusters of some heads read."""
     q_clusters, k_clusters = reads.shape[-2:]
     block = 64 if interpreted() else 1024
-    kernels.list_kernel[(math.ceil(listed.shape[-1] / block), count * q_clusters)](
+    kernels.list_kernel[(count * q_clusters, math.ceil(listed.shape[-1] / block))](
         ends,
         reads,
         starts,
