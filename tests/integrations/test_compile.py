@@ -118,3 +118,15 @@ def test_compiled_code_of_a_disabled_handle_attends_as_the_model_does():
     handle.disable()
     assert not torch.allclose(sparse, dense)
     torch.testing.assert_close(tiny.run_wan(pipe), dense)
+
+
+def test_attention_that_goes_past_us_cannot_be_compiled_unnoticed(monkeypatch):
+    pipe = wan(layers=1)
+    adamac.enable(pipe, METHOD, SCHEDULE)
+    monkeypatch.setattr(
+        "diffusers.models.transformers.transformer_wan.dispatch_attention_fn",
+        lambda query, key, value, **more: query + 0 * value,
+    )
+    pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
+    with pytest.raises(Exception, match="does not call scaled_dot_product_attention"):
+        tiny.run_wan(pipe)

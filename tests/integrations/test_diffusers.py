@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -175,7 +176,7 @@ def test_text_of_one_length_is_cut_off_and_the_video_is_as_if_it_were_masked(met
         assert handle.report().dense_impl == ({"native": 8} if method == Dense() else {})
     with masked(enable(pipe, method, ALWAYS)) as handle:
         assert error(cut, run_hunyuan(pipe, prompt_attention_mask=mask)) < 1e-5
-        expected = {"native, padding masked": 8} if method == Dense() else {}
+        expected = {"native, padding dropped": 8} if method == Dense() else {}
         assert handle.report().dense_impl == expected
     if method == Dense():
         assert error(cut, run_hunyuan(pipe, prompt_attention_mask=mask)) < 1e-5
@@ -236,8 +237,8 @@ def test_texts_of_different_lengths_or_with_holes_stay_masked():
         stock = run_hunyuan(pipe, **more)
         with enable(pipe, Dense(), ALWAYS) as handle:
             assert error(run_hunyuan(pipe, **more), stock) < 1e-5
-            assert handle.report().dense_impl == {"native, padding masked": 8}
-            assert "by implementation: native, padding masked 8" in str(handle.report())
+            assert handle.report().dense_impl == {"native, padding dropped": 8}
+            assert "dense calls by native, padding dropped: 8" in str(handle.report())
 
 
 def test_an_attention_module_called_by_itself_is_not_cut_by_what_the_last_video_said():
@@ -585,3 +586,40 @@ def test_inspect_says_what_would_be_sparse_and_why_not():
     wan = inspect(wan_pipe(two=True))
     assert [f.sparse for f in wan if f.module.endswith("attn2")] == [False] * 4
     assert sum(f.sparse for f in wan) == 4
+
+
+def test_sparse_calls_are_counted_by_what_carried_them_out():
+    with enable(wan_pipe(), SMALL, ALWAYS) as handle:
+        run_wan(handle.pipe)
+        report = handle.report()
+    assert sum(report.sparse_impl.values()) == report.sparse_calls > 0
+    assert all(name.startswith("gather") for name in report.sparse_impl)
+    assert "sparse calls by gather" in str(report)
+
+
+def test_state_that_grows_while_it_is_used_is_counted_once_and_given_back():
+    method = dataclasses.replace(SMALL, recluster_every=2)
+    with enable(wan_pipe(), method, ALWAYS) as handle:
+        run_wan(handle.pipe, steps=6)
+        assert handle.report().state_bytes > 0
+        assert handle._state_bytes == sum(handle._held.values()) >= 0
+
+
+def test_under_autocast_attention_runs_in_its_dtype():
+    pipe = cogvideox_pipe()
+    with torch.autocast("cpu", torch.bfloat16):
+        stock = run_cogvideox(pipe)
+        with enable(pipe, Dense(), ALWAYS) as handle:
+            ours = run_cogvideox(pipe)
+    assert handle.report().calls > 0
+    assert error(ours, stock) < 0.05
+
+
+def test_modules_are_of_their_own_class_again_when_disabled():
+    pipe = wan_pipe()
+    before = [type(module) for module in pipe.transformer.modules()]
+    handle = enable(pipe, SMALL, ALWAYS)
+    assert [type(module) for module in pipe.transformer.modules()] != before
+    assert all(isinstance(m, t) for m, t in zip(pipe.transformer.modules(), before, strict=True))
+    handle.disable()
+    assert [type(module) for module in pipe.transformer.modules()] == before

@@ -7,13 +7,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adamac.ops.cluster_attention import cluster_attention, resolve
+from adamac.ops.cluster_attention import cluster_attention, refused, resolve
 from adamac.ops.cluster_attention import gather as gather_module
 from adamac.ops.cluster_attention.triton import tiles
 from adamac.ops.segment import Segments
 from adamac.testing import assert_within_error_budget, attention_like, eager_cluster_attention
 
 IMPLS = ("reference", "gather", "triton")
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+NEEDS_HOPPER = pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
 
 SHAPES = [
     # batch, heads, tokens, head_dim, q_clusters, k_clusters
@@ -130,6 +132,21 @@ def test_padding_reads_nothing_and_is_read_by_nothing(compensate, impl, device):
     assert torch.equal(again[1], lse)
 
 
+@pytest.mark.parametrize("impl", [*IMPLS, pytest.param("hopper", marks=NEEDS_HOPPER)])
+def test_what_stands_in_padding_never_counts_even_if_all_is_read(impl, device):
+    dtype = torch.bfloat16 if impl == "hopper" else torch.float32
+    query, key, value, queries, keys, reads = case(
+        1, 2, 300, 64, 4, 9, device=device, padding=0.3, dtype=dtype
+    )
+    key[keys.labels < 0], value[keys.labels < 0] = torch.nan, torch.nan
+    reads[:, :, 0] = keys.counts
+    output, lse = cluster_attention(
+        query, key, value, queries, keys, reads, compensate=True, scale=0.125, impl=impl
+    )
+    assert output.isfinite().all()
+    assert lse[queries.labels >= 0].isfinite().all()
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_a_row_that_reads_nothing_is_zero(impl, device):
     query, key, value, queries, keys, reads = case(1, 1, 60, 64, 3, 5, device=device)
@@ -240,9 +257,9 @@ def test_tiles_cover_every_row_once(sizes, padding, rows):
 def test_the_operator_describes_itself_truly(device):
     query, key, value, queries, keys, reads = case(1, 2, 60, 64, 4, 6, device=device)
     lists = (queries.order, queries.starts, keys.order, keys.starts, reads.int())
-    torch.library.opcheck(
-        torch.ops.adamac.cluster_attention.default, (query, key, value, *lists, 60, True, 0.125, "triton")
-    )
+    for laid_out in (query, query.transpose(2, 3).contiguous().transpose(2, 3)):
+        arguments = (laid_out, key, value, *lists, 60, True, 0.125, "triton")
+        torch.library.opcheck(torch.ops.adamac.cluster_attention.default, arguments)
 
 
 def test_the_kernel_refuses_float64_by_name(device):
@@ -260,10 +277,10 @@ def test_an_unknown_implementation_is_refused_by_name():
         resolve("grater")
 
 
-def test_auto_stands_for_an_implementation(device):
-    assert resolve("auto", torch.zeros(1, 1, 1, 64, device=device)) == (
-        "triton" if device.type == "cuda" else "gather"
-    )
+def test_auto_stands_for_an_implementation_and_says_what_it_is_not(device):
+    query = torch.zeros(1, 1, 1, 64, device=device)
+    assert resolve("auto", query) == ("triton" if device.type == "cuda" else "gather")
+    assert "hopper" in refused(query)
     assert resolve("auto") == "auto"
 
 
@@ -273,10 +290,7 @@ def test_the_hopper_kernel_is_refused_with_a_reason_where_it_cannot_run(device):
         cluster_attention(*inputs, compensate=False, scale=1.0, impl="hopper")
 
 
-HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
-
-
-@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+@NEEDS_HOPPER
 @pytest.mark.parametrize("compensate", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("head_dim", [64, 128])

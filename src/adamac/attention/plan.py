@@ -65,7 +65,7 @@ class Plan:
         layout: The sequence that the plan is for.
         queries: Clusters of the video queries.
         keys: Clusters of the video keys.
-        reads: ``[batch, heads, q_clusters, k_clusters]`` int64: how many tokens of key cluster ``j`` the rows of query
+        reads: ``[batch, heads, q_clusters, k_clusters]`` integers: how many tokens of key cluster ``j`` the rows of query
             cluster ``i`` read exactly, from none to all of them. A cluster read in part is read from its first token
             in the order of the sequence.
         compensate: Whether tokens that are skipped enter the softmax through their cluster's mean key and mean value.

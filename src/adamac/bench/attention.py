@@ -17,17 +17,21 @@ import torch
 from torch import Tensor
 
 from adamac.attention import AdaCluster, Plan, Tokens, attend
+from adamac.attention.attend import with_text
 from adamac.bench.shapes import Shape, draw, drift
-from adamac.ops.cluster_attention import Impl, resolve
+from adamac.ops.cluster_attention import Impl, cluster_attention, resolve
 from adamac.ops.dense_attention import Impl as DenseImpl
 from adamac.ops.dense_attention import dense_attention
 from adamac.ops.dense_attention import resolve as resolve_dense
+from adamac.ops.error_budget import over_budget
+from adamac.ops.segment import Segments
 
 STAGES = {
     "nearest": ("_nearest",),
     "sort": ("sort", "radix", "Sort", "scan_by_key"),
     "moments": ("_moments",),
     "select": ("_fill", "gemm", "sgemm", "cutlass", "cublas", "Kernel2"),
+    "pack": ("pack_kernel",),
     "list": ("list_kernel",),
     "attend": ("attend_kernel",),
 }
@@ -94,6 +98,8 @@ def compare(
         for each in contenders:
             plan_call = _plan(each.method(method), query, key, shape, former)
             plan = _take(clock, times.setdefault(f"{each.name}, plan", []), plan_call, number)
+            if number == 0:
+                check(query, key, value, plan, shape, each.impl)
             attend_call = _attend(query, key, value, plan, each.impl)
             _take(clock, times.setdefault(f"{each.name}, attend", []), attend_call, number)
             whole = _whole(plan_call, query, key, value, each.impl)
@@ -150,6 +156,33 @@ def facts_of(contender: Sparse, plan: Plan, query: Tensor, call: Callable[[], Te
     return facts
 
 
+def check(query: Tensor, key: Tensor, value: Tensor, plan: Plan, shape: Shape, impl: Impl) -> None:
+    """Hold what is about to be timed to the meaning of the plan, on rows of its first head.
+
+    Raises:
+        RuntimeError: If it errs more than its dtype explains; nothing wrong is timed.
+    """
+    rows = torch.linspace(0, shape.tokens - 1, min(shape.tokens, 512), device=query.device).long()
+    output = attend(query, key, value, plan, impl=impl)[:, :1, rows]
+    queries, keys, reads = (part_of_head(part) for part in with_text(plan))
+    sampled = Segments(queries.labels[:, :, rows], queries.number)
+    scale = query.shape[-1] ** -0.5
+    parts = (query[:, :1, rows], key[:, :1], value[:, :1])
+    options: dict[str, Any] = {"compensate": plan.compensate, "scale": scale, "impl": "gather"}
+    oracle, _ = cluster_attention(*(part.double() for part in parts), sampled, keys, reads, **options)
+    rounded, _ = cluster_attention(*parts, sampled, keys, reads, **options)
+    wrong = over_budget(output, oracle, rounded)
+    if wrong is not None:
+        raise RuntimeError(f"{impl} disagrees with the plan's meaning: {wrong}; nothing was timed")
+
+
+def part_of_head(part: Any) -> Any:
+    """The first head's part of clusters or of a tensor."""
+    if isinstance(part, Tensor):
+        return part[:, :1]
+    return Segments.listed(part.order[:, :1], part.starts[:, :1])
+
+
 def stages(call: Callable[[], Tensor]) -> dict[str, float]:
     """Milliseconds that the device spends in each stage of a call."""
     from torch.profiler import ProfilerActivity, profile
@@ -168,7 +201,7 @@ class Timer:
     """Milliseconds of a call, by the device's own clock where it has one."""
 
     def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
+        self._cuda, self._device = device.type == "cuda", device
 
     def time(self, call: Callable[[], Any]) -> tuple[float, Any]:
         """Run the call once."""
@@ -177,10 +210,11 @@ class Timer:
             result = call()
             return 1e3 * (time.perf_counter() - start), result
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        start.record()
+        stream = torch.cuda.current_stream(self._device)
+        stream.synchronize()
+        start.record(stream)
         result = call()
-        stop.record()
+        stop.record(stream)
         stop.synchronize()
         return start.elapsed_time(stop), result
 

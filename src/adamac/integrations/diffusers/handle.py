@@ -19,7 +19,7 @@ from adamac.integrations.diffusers.ledger import Call, Ledger, Report
 from adamac.integrations.diffusers.padding import TextLengths
 from adamac.integrations.diffusers.seam import Site, attach, detach
 from adamac.ops import dense_attention
-from adamac.ops.cluster_attention import Impl, resolve
+from adamac.ops.cluster_attention import Impl, refused, resolve
 
 _HOOK = "adamac"
 _OLDEST_DIFFUSERS = (0, 36)
@@ -96,6 +96,7 @@ class Handle:
         self._ledger = Ledger()
         self._clock = Clock(lambda: getattr(pipe, "scheduler", None), num_steps)
         self._plans: dict[tuple[Any, ...], Plan] = {}
+        self._held: dict[tuple[Any, ...], int] = {}
         self._state_bytes = 0
         self._now = Moment(num_steps=num_steps)
         self._grid: tuple[int, int, int] | None = None
@@ -233,9 +234,9 @@ class Handle:
             reason = f"schedule: fewer than {self.schedule.min_tokens} video tokens"
         plan = self._plan(layer, layout, query, key) if reason is None else Plan.dense(layout, reason)
         if plan.is_dense:
-            self._record(layer, plan.dense_reason, dense_impl=_dense_impl(layout, query, key, value))
+            self._record(layer, plan.dense_reason, impl=_dense_impl(layout, query, key, value))
         else:
-            self._record(layer, None, plan.density(), plan.cost())
+            self._record(layer, None, plan.density(), plan.cost(), impl=self._sparse_impl(query))
         stage = "dense" if plan.is_dense else "attend"
         return self._ledger.timed(
             stage, query.device, lambda: attend(query, key, value, plan, scale=scale, impl=self._impl)
@@ -248,17 +249,25 @@ class Handle:
         plan = self._ledger.timed(
             "plan", query.device, lambda: self.method(query, key, layout=layout, previous=former)
         )
-        # A running total: adding up all layers at every call would cost more than the smallest calls themselves.
-        self._state_bytes -= 0 if former is None else former.state_bytes()
         kept = plan.kept()
         if kept is not None:
             self._plans[place] = kept
-            self._state_bytes += kept.state_bytes()
+            # A running total: adding up all layers at every call would cost more than the smallest calls themselves.
+            held = kept.state_bytes()
+            self._state_bytes += held - self._held.get(place, 0)
+            self._held[place] = held
         self._ledger.held(self._state_bytes)
         return plan
 
+    def _sparse_impl(self, query: Tensor) -> str:
+        """Name what will carry out a sparse call, and why it is not the fastest there is; the first on a GPU checks."""
+        name = resolve(self._impl, query)
+        reasons = refused(query) if self._impl == "auto" and query.device.type == "cuda" else {}
+        return "; ".join([name, *(f"not {other}: {reason}" for other, reason in reasons.items())])
+
     def _forget_plans(self) -> None:
         self._plans.clear()
+        self._held.clear()
         self._state_bytes = 0
 
     def _forget_text(self) -> None:
@@ -307,7 +316,7 @@ class Handle:
         """Attend densely, as the model asked, and say why."""
         if self._strict:
             raise ValueError(f"layer {layer}: {problem}")
-        self._record(layer, f"unsupported: {problem}", dense_impl="native")
+        self._record(layer, f"unsupported: {problem}", impl="native")
         sdpa = torch.nn.functional.scaled_dot_product_attention
         return self._ledger.timed(
             "dense", query.device, lambda: sdpa(query, key, value, attn_mask=mask, scale=scale)
@@ -319,15 +328,15 @@ class Handle:
             raise ValueError(f"layer {layer}: {problem}")
         self._record(layer, f"unsupported: {problem}")
 
-    def _record(self, layer: int, reason: str | None, *shares: Tensor, dense_impl: str | None = None) -> None:
+    def _record(self, layer: int, reason: str | None, *shares: Tensor, impl: str | None = None) -> None:
         now = self._now
-        self._ledger.add(Call(now.step, layer, now.branch, reason, *shares, dense_impl=dense_impl))
+        self._ledger.add(Call(now.step, layer, now.branch, reason, *shares, impl=impl))
 
 
 def _dense_impl(layout: Layout, query: Tensor, key: Tensor, value: Tensor) -> str:
     """Name what will carry out a dense call; the first one on a GPU measures."""
     if layout.valid is not None:
-        return "native, padding masked"
+        return "native, padding masked" if query.device.type == "cuda" else "native, padding dropped"
     return dense_attention.resolve(query, key, value)
 
 

@@ -27,7 +27,7 @@ class Call:
         reason: Why the call was dense; ``None`` if it was sparse.
         density: ``[batch, heads]``.
         cost: Density plus centroids, ``[batch, heads]``.
-        dense_impl: What carried out a dense call; ``None`` if the call was sparse or went past us.
+        impl: What carried the call out; ``None`` if it went past us.
     """
 
     step: int
@@ -36,7 +36,7 @@ class Call:
     reason: str | None
     density: Tensor | None = None
     cost: Tensor | None = None
-    dense_impl: str | None = None
+    impl: str | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class Report:
         dense_calls: Number of dense calls by reason.
         dense_impl: Number of dense calls by the implementation that carried them out, those that went past us left out;
             :func:`adamac.ops.dense_attention.choices` says why it was chosen.
+        sparse_impl: Number of sparse calls by the implementation that carried them out, and why it was not a faster one.
         density: Mean share of (query, key) pairs computed exactly; a dense call counts as 1.
         cost: The same with the centroids that compensation reads.
         density_by_step_layer: ``[step][layer]``, mean over branches, samples, heads and videos; ``None`` where no call was.
@@ -61,6 +62,7 @@ class Report:
     sparse_calls: int
     dense_calls: dict[str, int]
     dense_impl: dict[str, int]
+    sparse_impl: dict[str, int]
     density: float
     cost: float
     density_by_step_layer: list[list[float | None]]
@@ -79,9 +81,8 @@ class Report:
             f"{self.sparse_calls} of {self.calls} self-attention calls were sparse; density {self.density:.1%}"
         ]
         lines += [f"  dense: {reason}: {count}" for reason, count in sorted(self.dense_calls.items())]
-        if self.dense_impl:
-            by = ", ".join(f"{name} {count}" for name, count in sorted(self.dense_impl.items()))
-            lines.append(f"  dense calls by implementation: {by}")
+        for kind, impl in (("dense", self.dense_impl), ("sparse", self.sparse_impl)):
+            lines += [f"  {kind} calls by {name}: {count}" for name, count in sorted(impl.items())]
         lines += [f"  seconds in {stage}: {seconds:.2f}" for stage, seconds in self.seconds.items()]
         lines.append(f"  state kept between steps: {self.state_bytes / 2**20:.1f} MiB")
         return "\n".join(lines)
@@ -127,9 +128,10 @@ class Ledger:
         times = self._videos[-1].times
         if device.type == "cuda":
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
+            stream = torch.cuda.current_stream(device)
+            begin.record(stream)
             result = run()
-            end.record()
+            end.record(stream)
             times.append((stage, lambda: begin.elapsed_time(end) / 1e3))
         else:
             started = time.perf_counter()
@@ -150,12 +152,13 @@ class Ledger:
         density = [_mean(call.density) for call in calls]
         cost = [_mean(call.cost) for call in calls]
         reasons = Counter(call.reason for call in calls if call.reason is not None)
-        dense_impl = Counter(call.dense_impl for call in calls if call.dense_impl is not None)
+        impl = Counter((call.reason is None, call.impl) for call in calls if call.impl is not None)
         return Report(
             calls=len(calls),
             sparse_calls=sum(call.reason is None for call in calls),
             dense_calls=dict(reasons),
-            dense_impl=dict(dense_impl),
+            dense_impl={name: count for (sparse, name), count in impl.items() if not sparse},
+            sparse_impl={name: count for (sparse, name), count in impl.items() if sparse},
             density=_average(density),
             cost=_average(cost),
             density_by_step_layer=_by_step_and_layer(calls, density),

@@ -27,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 _SDPA = torch.nn.functional.scaled_dot_product_attention
 _HOOK = "adamac"
+_PAST_US = "the attention back end does not call scaled_dot_product_attention; set it to 'native'"
 
 # Sites by number, for compiled code. A number is a tensor: a plain one would be compiled in, and each layer compiled anew.
 _numbers = itertools.count()
@@ -54,7 +55,7 @@ class Site:
         self._layer = layer
         number = next(_numbers)
         _sites[number] = self
-        self.number = torch.tensor(number)
+        self.number = torch.tensor(number, device="cpu")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Site:
         return self  # a copied module belongs to the same handle
@@ -70,6 +71,9 @@ class Site:
         scale: float | None,
     ) -> Tensor:
         """Attend for this module."""
+        if torch.is_autocast_enabled(query.device.type):  # the call is taken before autocast would see it
+            dtype = torch.get_autocast_dtype(query.device.type)
+            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         return self._attention(self._layer, video_tokens, text_tokens, query, key, value, mask, scale)
 
     def bypassed(self, problem: str) -> None:
@@ -88,7 +92,9 @@ def attach(module: torch.nn.Module, site: Site) -> None:
 
 def detach(module: torch.nn.Module) -> None:
     """Take the seam off again. A hook that was put on since then may still call it, and finds no site."""
-    HookRegistry.check_if_exists_or_initialize(module).remove_hook(_HOOK, recurse=False)
+    registry = getattr(module, "_diffusers_hook", None)
+    if registry is not None:
+        registry.remove_hook(_HOOK, recurse=False)
     base = getattr(type(module), "adamac_base", None)
     if base is not None:
         module.__class__ = base
@@ -129,9 +135,12 @@ def _run(site: Site, forward: Callable[..., Any], args: tuple[Any, ...], kwargs:
     text = kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else (args[1:2] or (None,))[0]
     text_tokens = 0 if text is None else text.shape[1]
     if torch.compiler.is_compiling():
-        _traced.place = (site.number, video.shape[1], text_tokens)
+        _traced.place, _traced.seen = (site.number, video.shape[1], text_tokens), False
         with _traced:
-            return forward(*args, **kwargs)
+            output = forward(*args, **kwargs)
+        if not _traced.seen:  # compiled code could not count it
+            raise RuntimeError(_PAST_US)
+        return output
     mode = _ReplaceAttention(functools.partial(site.attend, video.shape[1], text_tokens))
     with mode:
         output = forward(*args, **kwargs)
@@ -149,9 +158,7 @@ class _ReplaceAttention(TorchFunctionMode):
         super().__init__()
         self._attention = attention
         # Why attention went past us; stays if scaled_dot_product_attention is never called.
-        self.problem: str | None = (
-            "the attention back end does not call scaled_dot_product_attention; set it to 'native'"
-        )
+        self.problem: str | None = _PAST_US
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -172,6 +179,7 @@ class _TracedAttention(TorchFunctionMode):
     """The same while the compiler traces; made once, because traced code may not make modes."""
 
     place: tuple[Tensor, int, int]
+    seen: bool = False
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -181,6 +189,7 @@ class _TracedAttention(TorchFunctionMode):
             return _unflatten(*args, **kwargs)
         if func is not _SDPA:
             return func(*args, **kwargs)
+        self.seen = True
         named = _named(args, kwargs)
         parts = (named["query"], named["key"], named["value"], named.get("attn_mask"), named.get("scale"))
         flags = (named.get("dropout_p") or 0.0, bool(named.get("is_causal")), bool(named.get("enable_gqa")))

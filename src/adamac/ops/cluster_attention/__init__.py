@@ -7,8 +7,8 @@ skips are not forgotten: the ``n`` skipped tokens of a cluster enter the row's s
 mean key, with the cluster's mean value. That is exact if the members are all alike, and costs one key.
 
 The implementations share no code on purpose: ``reference`` is the meaning and the others are held to it. ``gather`` is
-plain torch, made for CPUs; ``triton`` is a kernel that gathers keys by token as it computes, and ``hopper`` the same with
-that generation's own instructions, used where it has shown that it agrees.
+plain torch, made for CPUs; ``triton`` packs keys by cluster and reads them by list as it computes, and ``hopper`` does the
+same with that generation's own instructions.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from adamac.ops.launch import interpreted, triton_problem
+from adamac.ops.cluster_attention.fitness import KERNELS, problem
+from adamac.ops.launch import interpreted
 from adamac.ops.segment import Segments
 
 Impl = Literal["auto", "reference", "gather", "triton", "hopper"]
@@ -37,18 +38,21 @@ def resolve(impl: Impl, query: Tensor | None = None) -> str:
         raise ValueError(f"impl must be one of {', '.join(get_args(Impl))}; got {impl!r}")
     if query is None or impl in ("reference", "gather"):
         return impl
-    problem = triton_problem(query.device, query.dtype)
-    if impl == "auto" and (problem is not None or interpreted()):
-        return "gather"
-    if problem is None and impl != "triton":
-        from adamac.ops.cluster_attention.hopper import hopper_problem
-
-        problem = hopper_problem(query)
-        if impl == "auto":
-            return "triton" if problem else "hopper"
-    if problem is not None:
-        raise ValueError(f'impl="{impl}" cannot run: {problem}; use impl="auto"')
+    if impl == "auto":
+        # The interpreter is there to be tested, never chosen.
+        usable = [name for name in KERNELS if not interpreted() and problem(name, query) is None]
+        return usable[0] if usable else "gather"
+    found = problem(impl, query)
+    if found is not None:
+        raise ValueError(f'impl="{impl}" cannot run: {found}; use impl="auto"')
     return impl
+
+
+def refused(query: Tensor) -> dict[str, str]:
+    """Say which kernels ``"auto"`` does not use for a query although they stand before what it uses, and why."""
+    chosen = resolve("auto", query)
+    better = KERNELS[: KERNELS.index(chosen)] if chosen in KERNELS else KERNELS
+    return {name: found for name in better if (found := problem(name, query)) is not None}
 
 
 def cluster_attention(

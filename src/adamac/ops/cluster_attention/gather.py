@@ -152,7 +152,8 @@ class _Table:
         left = self.sizes[head] - reads if self.compensate else torch.zeros_like(reads)
         exact, skipped = reads.sum(1), left > 0
         lengths = exact + skipped.sum(1)
-        found = reads.new_zeros(len(clusters), int(lengths.max()))
+        # Past its own entries a row has one that is read by somebody: padding might hold anything, NaN too.
+        found = self.tokens[0].repeat(len(clusters), int(lengths.max()))
         weight = self.rows.new_full(found.shape, -torch.inf)
         # Runs of tokens: which pair of clusters each belongs to, and its position within the run and within the row.
         pair, within = _runs(reads.reshape(-1))

@@ -50,6 +50,17 @@ def pack_kernel(
         x = tl.load(source + token[:, None] * stride_n + column[None, :], mask=here, other=0.0)
         tl.store(packed + place[:, None] * dim + column[None, :], x, mask=here)
         total += x.to(tl.float32)
+    if (
+        cluster == clusters - 1
+    ):  # behind the last cluster stands padding, which is read under a bias of minus infinity
+        for start in range(end, tokens, ROWS):
+            place = start + tl.arange(0, ROWS)
+            gap = (place < tokens)[:, None] & inside
+            tl.store(
+                packed + place[:, None] * dim + column[None, :],
+                tl.zeros_like(total).to(packed.dtype.element_ty),
+                mask=gap,
+            )
     mean = tl.sum(total, 0) / tl.maximum(end - begin, 1)
     tl.store(packed + (tokens + cluster) * dim + column, mean.to(packed.dtype.element_ty), mask=column < dim)
 
@@ -93,7 +104,9 @@ def list_kernel(
         cluster = tl.minimum(low, k_clusters - 1)
         rank = place - (tl.load(ends + own + cluster) - tl.load(reads + own + cluster))
         begin = tl.load(starts + head * (k_clusters + 1) + cluster)
-        tl.store(listed + row * capacity + place, tl.where(place < length, begin + rank, 0), mask=place < filled)
+        tl.store(
+            listed + row * capacity + place, tl.where(place < length, begin + rank, 0), mask=place < filled
+        )
 
 
 @triton.jit

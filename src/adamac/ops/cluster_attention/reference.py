@@ -51,6 +51,8 @@ def _one_head(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     q_clusters, k_clusters = reads.shape
+    padding = (k_labels < 0).unsqueeze(1)  # may hold anything, NaN too, which a weight of zero would not hide
+    key, value = key.masked_fill(padding, 0.0), value.masked_fill(padding, 0.0)
     member = k_labels == torch.arange(k_clusters, device=key.device).unsqueeze(1)  # [k_clusters, k_tokens]
     rank = (member.long().cumsum(1) - 1).mul(member).sum(0)  # position of each key within its cluster
     share = member.to(key.dtype) / member.sum(1, keepdim=True).clamp_min(1)

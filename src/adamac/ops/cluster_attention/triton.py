@@ -17,6 +17,8 @@ from adamac.ops.segment import Segments
 
 # Lists, and the means behind packed tokens, are filled up to whole blocks of keys, so that nobody reads past their ends.
 _PIECE = 128
+# Halvings that find one of up to 2^20 clusters; fixed, lest other numbers of clusters compile anew.
+_STEPS = 21
 # Memory for packed keys and values and for lists, in bytes; heads that do not fit wait for the next round.
 _WORKSPACE_BYTES = 1 << 30
 
@@ -56,7 +58,36 @@ def _operator(
     scale: float,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    query, key, value = (part if part.stride(-1) == 1 else part.contiguous() for part in (query, key, value))
+    with torch.cuda.device_of(query):  # Triton launches on the current device
+        tables = (q_order, q_starts, k_order, k_starts, reads)
+        parts = (_rows_in_one_piece(part) for part in (query, key, value))
+        return _attend(*parts, *tables, most, compensate, scale, impl)
+
+
+@_operator.register_fake
+def _(query: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(_rows_in_one_piece(query)), query.new_empty(query.shape[:-1], dtype=torch.float32)
+
+
+def _rows_in_one_piece(part: Tensor) -> Tensor:
+    return part if part.stride(-1) == 1 else part.contiguous()
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    q_order: Tensor,
+    q_starts: Tensor,
+    k_order: Tensor,
+    k_starts: Tensor,
+    reads: Tensor,
+    most: int,
+    compensate: bool,
+    scale: float,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    """Make tables and memory, then pack, list and attend, some heads at a time."""
     batch, heads, q_tokens, dim = query.shape
     k_tokens = key.shape[2]
     q_clusters, k_clusters = reads.shape[-2:]
@@ -128,11 +159,6 @@ def _operator(
     return output, lse
 
 
-@_operator.register_fake
-def _(query: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(query), query.new_empty(query.shape[:-1], dtype=torch.float32)
-
-
 def _pack(source: Tensor, target: Tensor, order: Tensor, starts: Tensor, head_from: int, count: int) -> None:
     """Copy the keys or values of some heads into the order of clusters, and their means behind them."""
     clusters, dim = starts.shape[-1] - 1, source.shape[-1]
@@ -168,7 +194,7 @@ def _list(ends: Tensor, reads: Tensor, starts: Tensor, listed: Tensor, head_from
         k_clusters,
         listed.shape[-1],
         BLOCK=block,
-        STEPS=max(1, k_clusters.bit_length()),
+        STEPS=_STEPS,
         PIECE=_PIECE,
         num_warps=4,
     )

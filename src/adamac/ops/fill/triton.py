@@ -22,17 +22,18 @@ def fill(score: Tensor, weight: Tensor, limit: Tensor) -> Tensor:
     limit = limit.to(weight.dtype).expand(batch, heads, 1, 1).contiguous()
     taken = torch.empty(batch, heads, rows, items, dtype=weight.dtype, device=score.device)
     block = power_of_two(items)
-    _fill[(rows, batch * heads)](
-        score.contiguous(),
-        weight,
-        limit,
-        taken,
-        rows,
-        items,
-        weight.shape[2],
-        BLOCK=block,
-        num_warps=max(1, min(8, block // 256)),
-    )
+    with torch.cuda.device_of(score):  # Triton launches on the current device
+        _fill[(rows, batch * heads)](
+            score.contiguous(),
+            weight,
+            limit,
+            taken,
+            rows,
+            items,
+            weight.shape[2],
+            BLOCK=block,
+            num_warps=max(1, min(8, block // 256)),
+        )
     return taken
 
 

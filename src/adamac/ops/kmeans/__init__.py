@@ -129,10 +129,15 @@ def distances(points: Tensor, labels: Tensor, centroids: Tensor) -> Tensor:
     Returns:
         ``[batch, heads, tokens]``, zero for points labelled -1.
     """
-    points = accurate(points)
-    index = labels.long().clamp_min(0).unsqueeze(-1).expand(-1, -1, -1, points.shape[-1])
-    own = torch.gather(centroids.to(points.dtype), 2, index)
-    return (points - own).norm(dim=-1).masked_fill_(labels < 0, 0.0)
+    batch, heads, tokens, dim = points.shape
+    found = accurate(centroids).new_empty(batch, heads, tokens)
+    step = max(1, _SLICE_ELEMENTS["cpu" if points.device.type == "cpu" else "other"] // (batch * heads * dim))
+    for start in range(0, tokens, step):
+        part = accurate(points[:, :, start : start + step])
+        index = labels[:, :, start : start + step].long().clamp_min(0).unsqueeze(-1).expand_as(part)
+        own = torch.gather(centroids.to(part.dtype), 2, index)
+        found[:, :, start : start + step] = (part - own).norm(dim=-1)
+    return found.masked_fill_(labels < 0, 0.0)
 
 
 def spread_tokens(points: Tensor, clusters: int, seed: int, include: Tensor | None = None) -> Tensor:
@@ -152,7 +157,7 @@ def spread_tokens(points: Tensor, clusters: int, seed: int, include: Tensor | No
     """
     batch, heads, tokens, dim = points.shape
     generator = torch.Generator().manual_seed(seed)
-    jitter = torch.rand(clusters, generator=generator).to(points.device)
+    jitter = torch.rand(clusters, generator=generator, device="cpu").to(points.device)
     share = (torch.arange(clusters, device=points.device) + jitter) / clusters
     if include is None:
         index = (share * tokens).long().clamp_max(tokens - 1).expand(batch, heads, clusters)

@@ -36,25 +36,26 @@ def nearest(points: Tensor, centroids: Tensor, euclidean: bool) -> Tensor:
     labels = torch.empty(batch, heads, tokens, dtype=torch.int32, device=points.device)
     width = max(16, power_of_two(dim))
     rows, block, stages = _launch(width * points.element_size())
-    _nearest[(triton.cdiv(tokens, rows), batch * heads)](
-        points,
-        rounded,
-        offset,
-        labels,
-        heads,
-        tokens,
-        clusters,
-        dim,
-        *points.stride()[:3],
-        ROWS=rows,
-        BLOCK=block,
-        WIDTH=width,
-        FULL=width == dim,
-        UPCAST=interpreted(),
-        PRECISION="tf32x3" if points.dtype == torch.float32 else "tf32",
-        num_warps=4,
-        num_stages=stages,
-    )
+    with torch.cuda.device_of(points):  # Triton launches on the current device
+        _nearest[(triton.cdiv(tokens, rows), batch * heads)](
+            points,
+            rounded,
+            offset,
+            labels,
+            heads,
+            tokens,
+            clusters,
+            dim,
+            *points.stride()[:3],
+            ROWS=rows,
+            BLOCK=block,
+            WIDTH=width,
+            FULL=width == dim,
+            UPCAST=interpreted(),
+            PRECISION="tf32x3" if points.dtype == torch.float32 else "tf32",
+            num_warps=4,
+            num_stages=stages,
+        )
     return labels
 
 

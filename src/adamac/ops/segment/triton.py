@@ -39,24 +39,25 @@ def segment_moments(
     first = torch.empty(batch, heads, segments.number, dim, dtype=torch.float32, device=values.device)
     second = torch.empty_like(first) if mode in ("variance", "extremes") else first[..., :0]
     rows = 16 if interpreted() else 32
-    _moments[(segments.number, batch * heads)](
-        values,
-        order.contiguous(),
-        starts.contiguous(),
-        first if former is None else former.float().contiguous(),
-        first,
-        second,
-        heads,
-        order.shape[-1],
-        segments.number,
-        dim,
-        *values.stride()[:3],
-        MODE=_MODES[mode],
-        NORMALISE=normalise,
-        ROWS=rows,
-        WIDTH=power_of_two(dim),
-        num_warps=4,
-    )
+    with torch.cuda.device_of(values):  # Triton launches on the current device
+        _moments[(segments.number, batch * heads)](
+            values,
+            order.contiguous(),
+            starts.contiguous(),
+            first if former is None else former.float().contiguous(),
+            first,
+            second,
+            heads,
+            order.shape[-1],
+            segments.number,
+            dim,
+            *values.stride()[:3],
+            MODE=_MODES[mode],
+            NORMALISE=normalise,
+            ROWS=rows,
+            WIDTH=power_of_two(dim),
+            num_warps=4,
+        )
     return first, second
 
 
