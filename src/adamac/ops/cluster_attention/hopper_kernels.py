@@ -137,26 +137,56 @@ def _free(empty, block, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _compute(
-    HALF: gl.constexpr,
+def _step(
+    block,
+    own,
     memory,
     barriers,
+    bounds,
+    sizes,
+    weights,
+    acc,
+    top,
+    total,
+    scale,
+    BIASED: gl.constexpr,
+    KEYS: gl.constexpr,
+    DIM: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """Multiply a block of keys, and the former block's weights with its values; take the softmax in between."""
+    k_memory, v_memory = memory
+    k_full, v_full, k_empty, v_empty = barriers
+    length, exact, _, means = bounds
+    starts, reads, logs = sizes
+    logits_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
+    acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
+    bias_layout: gl.constexpr = gl.SliceLayout(0, logits_layout)
+    token = _next_logits(own, k_memory, k_full, block, KEYS, STAGES, logits_layout)
+    added = _add_values(weights, acc, v_memory, v_full, block - 1, STAGES)
+    logits = warpgroup_mma_wait(1, deps=[token])
+    _free(k_empty, block, STAGES)
+    if BIASED:
+        bias = _bias(block, exact, length, means, starts, reads, logs, KEYS, bias_layout)
+    else:
+        bias = gl.zeros([KEYS], gl.float32, bias_layout)
+    new_weights, fade, top, total = _softmax(logits, top, total, scale, bias, BIASED)
+    acc = warpgroup_mma_wait(0, deps=[added])
+    _free(v_empty, block - 1, STAGES)
+    acc = acc * gl.convert_layout(fade, gl.SliceLayout(1, acc_layout))[:, None]
+    operand = gl.convert_layout(new_weights.to(own.dtype), gl.DotOperandLayout(0, acc_layout, 2))
+    return operand, acc, top, total
+
+
+@gluon.jit
+def _compute(
+    HALF: gl.constexpr,
+    memory,  # (keys, values)
+    barriers,  # (k_full, v_full, k_empty, v_empty)
     q_memory,
-    query,
-    output,
-    lse,
-    rows,
-    first,
-    stop,
-    length,
-    exact,
-    blocks,
-    means,
-    starts,
-    reads,
-    logs,
-    q_stride,
-    o_stride,
+    sides,
+    bounds,
+    sizes,
     scale,
     KEYS: gl.constexpr,
     DIM: gl.constexpr,
@@ -164,7 +194,10 @@ def _compute(
 ):
     """What a computing group does."""
     k_memory, v_memory = memory
-    k_full, v_full, k_empty, v_empty = barriers
+    k_full, v_full, k_empty, _ = barriers
+    query, output, lse, rows, first, stop, q_stride, o_stride = sides
+    length, exact, blocks, means = bounds
+    starts, reads, logs = sizes
     across: gl.constexpr = DIM // 8
     load_layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // across, across], [4, 1], [1, 0])
     logits_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
@@ -186,36 +219,50 @@ def _compute(
     top = gl.full([GROUP], float("-inf"), gl.float32, row_layout)
     total = gl.full([GROUP], 0.0, gl.float32, row_layout)
     acc = gl.zeros([GROUP, DIM], gl.float32, acc_layout)
-    none = gl.zeros([KEYS], gl.float32, bias_layout)
     if blocks > 0:
         token = _next_logits(own, k_memory, k_full, 0, KEYS, STAGES, logits_layout)
         logits = warpgroup_mma_wait(0, deps=[token])
         _free(k_empty, 0, STAGES)
         bias = _bias(0, exact, length, means, starts, reads, logs, KEYS, bias_layout)
-        weights, fade, top, total = _softmax(logits, top, total, scale, bias, True)
+        weights, _, top, total = _softmax(logits, top, total, scale, bias, True)
         operand = gl.convert_layout(weights.to(query.dtype.element_ty), weights_layout)
         whole = gl.maximum(length // KEYS, 1)
         for block in range(1, whole):
-            token = _next_logits(own, k_memory, k_full, block, KEYS, STAGES, logits_layout)
-            added = _add_values(operand, acc, v_memory, v_full, block - 1, STAGES)
-            logits = warpgroup_mma_wait(1, deps=[token])
-            _free(k_empty, block, STAGES)
-            weights, fade, top, total = _softmax(logits, top, total, scale, none, False)
-            acc = warpgroup_mma_wait(0, deps=[added])
-            _free(v_empty, block - 1, STAGES)
-            acc = acc * gl.convert_layout(fade, out_row)[:, None]
-            operand = gl.convert_layout(weights.to(query.dtype.element_ty), weights_layout)
+            operand, acc, top, total = _step(
+                block,
+                own,
+                memory,
+                barriers,
+                bounds,
+                sizes,
+                operand,
+                acc,
+                top,
+                total,
+                scale,
+                False,
+                KEYS,
+                DIM,
+                STAGES,
+            )
         for block in range(whole, blocks):
-            token = _next_logits(own, k_memory, k_full, block, KEYS, STAGES, logits_layout)
-            added = _add_values(operand, acc, v_memory, v_full, block - 1, STAGES)
-            logits = warpgroup_mma_wait(1, deps=[token])
-            _free(k_empty, block, STAGES)
-            bias = _bias(block, exact, length, means, starts, reads, logs, KEYS, bias_layout)
-            weights, fade, top, total = _softmax(logits, top, total, scale, bias, True)
-            acc = warpgroup_mma_wait(0, deps=[added])
-            _free(v_empty, block - 1, STAGES)
-            acc = acc * gl.convert_layout(fade, out_row)[:, None]
-            operand = gl.convert_layout(weights.to(query.dtype.element_ty), weights_layout)
+            operand, acc, top, total = _step(
+                block,
+                own,
+                memory,
+                barriers,
+                bounds,
+                sizes,
+                operand,
+                acc,
+                top,
+                total,
+                scale,
+                True,
+                KEYS,
+                DIM,
+                STAGES,
+            )
         added = _add_values(operand, acc, v_memory, v_full, blocks - 1, STAGES)
         acc = warpgroup_mma_wait(0, deps=[added])
 
@@ -332,64 +379,13 @@ def attend_kernel(
 
     memory = (k_memory, v_memory)
     barriers = (k_full, v_full, k_empty, v_empty)
+    sides = (query, output, lse, rows, first, stop, q_stride_n, o_stride_n)
+    bounds = (length, exact, blocks, means)
+    sizes = (k_starts, reads, logs)
     gl.warp_specialize(
         [
-            (
-                _compute,
-                (
-                    0,
-                    memory,
-                    barriers,
-                    q_memory,
-                    query,
-                    output,
-                    lse,
-                    rows,
-                    first,
-                    stop,
-                    length,
-                    exact,
-                    blocks,
-                    means,
-                    k_starts,
-                    reads,
-                    logs,
-                    q_stride_n,
-                    o_stride_n,
-                    scale,
-                    KEYS,
-                    DIM,
-                    STAGES,
-                ),
-            ),
-            (
-                _compute,
-                (
-                    1,
-                    memory,
-                    barriers,
-                    q_memory,
-                    query,
-                    output,
-                    lse,
-                    rows,
-                    first,
-                    stop,
-                    length,
-                    exact,
-                    blocks,
-                    means,
-                    k_starts,
-                    reads,
-                    logs,
-                    q_stride_n,
-                    o_stride_n,
-                    scale,
-                    KEYS,
-                    DIM,
-                    STAGES,
-                ),
-            ),
+            (_compute, (0, memory, barriers, q_memory, sides, bounds, sizes, scale, KEYS, DIM, STAGES)),
+            (_compute, (1, memory, barriers, q_memory, sides, bounds, sizes, scale, KEYS, DIM, STAGES)),
             (_fetch, (memory, barriers, key, value, tokens, exact, blocks, k_tokens, KEYS, DIM, STAGES)),
         ],
         [4, 4],
