@@ -194,7 +194,7 @@ def _compute(
 ):
     """What a computing group does."""
     k_memory, v_memory = memory
-    k_full, v_full, k_empty, _ = barriers
+    k_full, v_full, k_empty, _v_empty = barriers
     query, output, lse, rows, first, stop, q_stride, o_stride = sides
     length, exact, blocks, means = bounds
     starts, reads, logs = sizes
@@ -224,7 +224,7 @@ def _compute(
         logits = warpgroup_mma_wait(0, deps=[token])
         _free(k_empty, 0, STAGES)
         bias = _bias(0, exact, length, means, starts, reads, logs, KEYS, bias_layout)
-        weights, _, top, total = _softmax(logits, top, total, scale, bias, True)
+        weights, _fade, top, total = _softmax(logits, top, total, scale, bias, True)
         operand = gl.convert_layout(weights.to(query.dtype.element_ty), weights_layout)
         whole = gl.maximum(length // KEYS, 1)
         for block in range(1, whole):
