@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adamac.ops.segment import Segments, segment_mean, segment_mean_variance, segment_min_max, segment_sum
+from adamac.ops.segment import Segments, segment_mean, segment_min_max, segment_sum, segment_variance
 
 
 @st.composite
@@ -79,8 +79,8 @@ def test_minimum_and_maximum_are_those_of_a_loop_and_zero_for_empty_segments(cas
 @given(labelled())
 def test_variance_is_that_of_a_loop(case):
     values, labels, segments = case
-    mean, variance = segment_mean_variance(values, Segments(labels, segments))
-    torch.testing.assert_close(mean, segment_mean(values, Segments(labels, segments)))
+    mean = segment_mean(values, Segments(labels, segments))
+    variance = segment_variance(values, Segments(labels, segments), mean)
     torch.testing.assert_close(
         variance, by_loop(values, labels, segments, lambda rows: rows.var(0, correction=0))
     )
@@ -94,7 +94,10 @@ def test_the_kernel_reduces_as_plain_torch_does(shape, dtype, device):
     batch, heads, tokens, dim, number = shape
     values = torch.randn(batch, tokens, heads, dim, device=device).to(dtype).transpose(1, 2)  # not contiguous
     segments = Segments(torch.randint(-1, number, (batch, heads, tokens), device=device), number)
-    for reduce in (segment_sum, segment_mean, segment_mean_variance, segment_min_max):
+    means = segment_mean(values, segments, impl="torch")
+    spread = [segment_variance(values, segments, means, impl=impl) for impl in ("triton", "torch")]
+    torch.testing.assert_close(*spread)
+    for reduce in (segment_sum, segment_mean, segment_min_max):
         ours, plain = (reduce(values, segments, impl=impl) for impl in ("triton", "torch"))
         torch.testing.assert_close(ours, plain)
     unit = [segment_sum(values, segments, normalise=True, impl=impl) for impl in ("triton", "torch")]

@@ -11,6 +11,7 @@ every text query read everything.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -140,6 +141,10 @@ class Plan:
 
         Pairs with padding count neither above nor below. A dense plan gives a single 1.
         """
+        return self._density
+
+    @cached_property
+    def _density(self) -> Tensor:
         if self.is_dense:
             return torch.ones(1, 1, dtype=torch.float64)
         queries, _, reads = self.parts()

@@ -29,7 +29,7 @@ from torch import Tensor
 from adamac.attention.plan import Clusters
 from adamac.ops.fill import fill
 from adamac.ops.precision import accurate
-from adamac.ops.segment import segment_mean_variance, segment_min_max
+from adamac.ops.segment import segment_min_max, segment_variance
 
 Score = Literal["centroid", "quest", "moment", "residual"]
 
@@ -54,7 +54,7 @@ def score_clusters(score: Score, query_means: Tensor, key: Tensor, keys: Cluster
     else:
         logits = query_means @ keys.means.transpose(-1, -2) * scale
     if score in ("moment", "residual"):
-        _, variance = segment_mean_variance(key, keys.members)
+        variance = segment_variance(key, keys.members, keys.means)
         logit_variance = (query_means.square() @ variance.transpose(-1, -2)) * scale**2
         logits = logits + logit_variance / 2
         if score == "residual":

@@ -87,8 +87,8 @@ class Handle:
     ) -> None:
         self.method = method
         self.schedule = schedule
-        self.impl = resolve(impl)
-        self._impl: Impl = impl
+        resolve(impl)  # an unknown name is refused now; what "auto" stands for is in the report
+        self.impl: Impl = impl
         self._strict = strict
         self.pipe = pipe
         self._transformers = transformers_of(pipe)
@@ -96,8 +96,7 @@ class Handle:
         self._ledger = Ledger()
         self._clock = Clock(lambda: getattr(pipe, "scheduler", None), num_steps)
         self._plans: dict[tuple[Any, ...], Plan] = {}
-        self._held: dict[tuple[Any, ...], int] = {}
-        self._state_bytes = 0
+        self._held: dict[tuple[Any, ...], int] = {}  # bytes of each plan when it was kept
         self._now = Moment(num_steps=num_steps)
         self._grid: tuple[int, int, int] | None = None
         self._text_lengths = TextLengths()
@@ -239,7 +238,7 @@ class Handle:
             self._record(layer, None, plan.density(), plan.cost(), impl=self._sparse_impl(query))
         stage = "dense" if plan.is_dense else "attend"
         return self._ledger.timed(
-            stage, query.device, lambda: attend(query, key, value, plan, scale=scale, impl=self._impl)
+            stage, query.device, lambda: attend(query, key, value, plan, scale=scale, impl=self.impl)
         )
 
     def _plan(self, layer: int, layout: Layout, query: Tensor, key: Tensor) -> Plan:
@@ -252,23 +251,19 @@ class Handle:
         kept = plan.kept()
         if kept is not None:
             self._plans[place] = kept
-            # A running total: adding up all layers at every call would cost more than the smallest calls themselves.
-            held = kept.state_bytes()
-            self._state_bytes += held - self._held.get(place, 0)
-            self._held[place] = held
-        self._ledger.held(self._state_bytes)
+            self._held[place] = kept.state_bytes()
+        self._ledger.held(sum(self._held.values()))
         return plan
 
     def _sparse_impl(self, query: Tensor) -> str:
         """Name what will carry out a sparse call, and why it is not the fastest there is; the first on a GPU checks."""
-        name = resolve(self._impl, query)
-        reasons = refused(query) if self._impl == "auto" and query.device.type == "cuda" else {}
+        name = resolve(self.impl, query)
+        reasons = refused(query) if self.impl == "auto" and query.device.type == "cuda" else {}
         return "; ".join([name, *(f"not {other}: {reason}" for other, reason in reasons.items())])
 
     def _forget_plans(self) -> None:
         self._plans.clear()
         self._held.clear()
-        self._state_bytes = 0
 
     def _forget_text(self) -> None:
         # What one call of the transformer was given says nothing of an attention module that is called by itself.

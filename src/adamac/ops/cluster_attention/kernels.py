@@ -76,7 +76,6 @@ def list_kernel(
     k_clusters,
     capacity,
     BLOCK: tl.constexpr,
-    STEPS: tl.constexpr,
     PIECE: tl.constexpr,
 ):
     """Write the packed rows that a query cluster reads, one after another, and zeros to the end of the last ``PIECE``.
@@ -94,11 +93,10 @@ def list_kernel(
         # The first cluster whose running sum is above the place, found by halving.
         low = tl.zeros([BLOCK], tl.int32)
         size = k_clusters
-        for _ in range(STEPS):
+        while size > 1:
             half = size // 2
-            probe = low + half
-            below = tl.load(ends + own + tl.minimum(probe, k_clusters - 1)) <= place
-            low = tl.where(below & (half > 0), probe, low)
+            below = tl.load(ends + own + tl.minimum(low + half, k_clusters - 1)) <= place
+            low = tl.where(below, low + half, low)
             size -= half
         low = tl.where(tl.load(ends + own + low) <= place, low + 1, low)
         cluster = tl.minimum(low, k_clusters - 1)

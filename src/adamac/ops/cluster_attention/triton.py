@@ -17,8 +17,6 @@ from adamac.ops.segment import Segments
 
 # Lists, and the means behind packed tokens, are filled up to whole blocks of keys, so that nobody reads past their ends.
 _PIECE = 128
-# Halvings that find one of up to 2^20 clusters; fixed, lest other numbers of clusters compile anew.
-_STEPS = 21
 # Memory for packed keys and values and for lists, in bytes; heads that do not fit wait for the next round.
 _WORKSPACE_BYTES = 1 << 30
 
@@ -194,7 +192,6 @@ def _list(ends: Tensor, reads: Tensor, starts: Tensor, listed: Tensor, head_from
         k_clusters,
         listed.shape[-1],
         BLOCK=block,
-        STEPS=_STEPS,
         PIECE=_PIECE,
         num_warps=4,
     )

@@ -124,28 +124,27 @@ def segment_mean(values: Tensor, segments: Segments, *, impl: Impl = "auto") -> 
     return reference.segment_mean(values, segments)
 
 
-def segment_mean_variance(
-    values: Tensor, segments: Segments, *, impl: Impl = "auto"
-) -> tuple[Tensor, Tensor]:
-    """Average the rows of each segment, and their squared deviations from that average, coordinate by coordinate.
+def segment_variance(values: Tensor, segments: Segments, means: Tensor, *, impl: Impl = "auto") -> Tensor:
+    """Average the squared deviations of the rows of each segment from its mean, coordinate by coordinate.
 
-    The variance is taken from the deviations, not as E[x^2] - E[x]^2, which cancels badly.
+    From the deviations, not as E[x^2] - E[x]^2, which cancels badly.
 
     Args:
         values: ``[batch, heads, tokens, dim]``.
         segments: Of the tokens.
+        means: ``[batch, heads, number, dim]``, as :func:`segment_mean` gives them.
         impl: ``"torch"``, ``"triton"`` or ``"auto"``.
 
     Returns:
-        Two tensors ``[batch, heads, number, dim]`` float32 (float64 stays); zeros for an empty segment.
+        ``[batch, heads, number, dim]`` float32 (float64 stays); zeros for an empty segment.
     """
     if chosen(impl, values) == "triton":
         from adamac.ops.segment import triton as kernels
 
-        return kernels.segment_moments(values, segments, "variance", False)
+        return kernels.segment_moments(values, segments, "variance", False, means)[0]
     from adamac.ops.segment import reference
 
-    return reference.segment_mean_variance(values, segments)
+    return reference.segment_variance(values, segments, means)
 
 
 def segment_min_max(values: Tensor, segments: Segments, *, impl: Impl = "auto") -> tuple[Tensor, Tensor]:

@@ -31,12 +31,11 @@ def segment_mean(values: Tensor, segments: Segments) -> Tensor:
     return segment_sum(values, segments, False) / segments.counts.clamp_min(1).unsqueeze(-1)
 
 
-def segment_mean_variance(values: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
-    """Compute :func:`adamac.ops.segment.segment_mean_variance`."""
-    mean = segment_mean(values, segments)
+def segment_variance(values: Tensor, segments: Segments, means: Tensor) -> Tensor:
+    """Compute :func:`adamac.ops.segment.segment_variance`."""
     own = segments.labels.long().clamp_min(0).unsqueeze(-1).expand(-1, -1, -1, values.shape[-1])
-    deviation = accurate(values) - torch.gather(mean, 2, own)
-    return mean, segment_mean(deviation.square(), segments)
+    deviation = accurate(values) - torch.gather(means, 2, own)
+    return segment_mean(deviation.square(), segments)
 
 
 def segment_min_max(values: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:

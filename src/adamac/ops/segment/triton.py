@@ -25,10 +25,10 @@ def segment_moments(
     Args:
         values: ``[batch, heads, tokens, dim]``, the last dimension contiguous.
         segments: Of the tokens.
-        mode: ``"sum"``, ``"mean"``, ``"variance"`` (mean and variance), ``"extremes"`` (minimum and maximum), or
+        mode: ``"sum"``, ``"mean"``, ``"variance"`` (about ``former``), ``"extremes"`` (minimum and maximum), or
             ``"centroid"``: the mean, scaled to length 1 if rows are, and ``former`` for an empty segment.
         normalise: Scale each row to length 1 first.
-        former: ``[batch, heads, number, dim]`` float32, for ``"centroid"``.
+        former: ``[batch, heads, number, dim]``, for ``"centroid"``, and the means for ``"variance"``.
 
     Returns:
         Two tensors ``[batch, heads, number, dim]`` float32; the second is empty where there is one result.
@@ -37,7 +37,7 @@ def segment_moments(
     values = values if values.stride(-1) == 1 else values.contiguous()
     starts, order = segments.starts, segments.order  # in this order, since the first may bring the second
     first = torch.empty(batch, heads, segments.number, dim, dtype=torch.float32, device=values.device)
-    second = torch.empty_like(first) if mode in ("variance", "extremes") else first[..., :0]
+    second = torch.empty_like(first) if mode == "extremes" else first[..., :0]
     rows = 16 if interpreted() else 32
     with torch.cuda.device_of(values):  # Triton launches on the current device
         _moments[(segments.number, batch * heads)](
@@ -94,6 +94,9 @@ def _moments(
     if MODE == 3:
         one += float("inf")
         two -= float("inf")
+    out = (head * number + segment) * dim + column
+    if MODE == 2 or MODE == 4:
+        known = tl.load(former + out, mask=inside, other=0.0)
     for start in range(begin, end, ROWS):
         place = start + tl.arange(0, ROWS)
         here = (place < end)[:, None] & inside[None, :]
@@ -104,9 +107,11 @@ def _moments(
         if MODE == 3:
             one = tl.minimum(one, tl.where(here, x, float("inf")))
             two = tl.maximum(two, tl.where(here, x, float("-inf")))
+        elif MODE == 2:
+            x = tl.where(here, x - known[None, :], 0.0)
+            one += x * x
         else:
             one += x
-    out = (head * number + segment) * dim + column
     if MODE == 3:
         some = begin < end
         tl.store(first + out, tl.where(some, tl.min(one, 0), 0.0), mask=inside)
@@ -118,14 +123,5 @@ def _moments(
         if MODE == 4:
             if NORMALISE:
                 result /= tl.maximum(tl.sqrt(tl.sum(result * result, 0)), 1e-12)
-            result = tl.where(begin < end, result, tl.load(former + out, mask=inside, other=0.0))
+            result = tl.where(begin < end, result, known)
         tl.store(first + out, result, mask=inside)
-        if MODE == 2:
-            for start in range(begin, end, ROWS):
-                place = start + tl.arange(0, ROWS)
-                here = (place < end)[:, None] & inside[None, :]
-                row = tl.load(order + head * tokens + place, mask=place < end, other=0).to(tl.int64)
-                x = tl.load(base + row[:, None] * stride_n + column[None, :], mask=here, other=0.0)
-                x = tl.where(here, x.to(tl.float32) - result[None, :], 0.0)
-                two += x * x
-            tl.store(second + out, tl.sum(two, 0) / size, mask=inside)
