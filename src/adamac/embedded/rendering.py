@@ -96,13 +96,13 @@ class Renderer:
 
 
 MIX = {
-    "plain": 0.12,
-    "cut": 0.18,
-    "interaction": 0.14,
-    "thin": 0.12,
-    "small_fast": 0.06,
-    "text": 0.22,
-    "low_light": 0.06,
+    "plain": 0.10,
+    "cut": 0.24,
+    "interaction": 0.12,
+    "thin": 0.08,
+    "small_fast": 0.05,
+    "text": 0.26,
+    "low_light": 0.05,
     "reflection": 0.1,
 }
 """Share of each category among the procedural training clips."""

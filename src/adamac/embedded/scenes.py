@@ -38,6 +38,41 @@ SIZES = {"small ": 9.0, "": 15.0, "big ": 24.0}
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 """Characters that can be written in a frame."""
 
+WORDS = tuple(
+    [
+        "A",
+        "I",
+        "1",
+        "7",
+        "HI",
+        "GO",
+        "NO",
+        "UP",
+        "OK",
+        "ON",
+        "IT",
+        "WE",
+        "42",
+        "10",
+        "24",
+        "99",
+        "CAT",
+        "DOG",
+        "SUN",
+        "CAR",
+        "RED",
+        "TOP",
+        "YES",
+        "BIG",
+        "SEA",
+        "HOT",
+        "100",
+        "007",
+        "365",
+    ]
+)
+"""What is written half of the time; the rest are random characters, of which a small network spells fewer."""
+
 NUMBER_WORDS = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five"}
 
 HELD_OUT_SHARE = 20
@@ -504,9 +539,12 @@ _TEXT_MOTIONS = ("staying still", "moving right", "moving left", "moving up", "m
 
 
 def _text(rng: np.random.Generator, stage: Stage) -> Script:
-    """One to three big characters."""
-    count = int(rng.choice([1, 2, 3], p=[0.4, 0.35, 0.25]))
-    text = "".join(_choose(rng, LETTERS) for _ in range(count))
+    """One to three big characters: a short word or number, or any."""
+    if rng.random() < 0.5:
+        text = _choose(rng, WORDS)
+    else:
+        text = "".join(_choose(rng, LETTERS) for _ in range(int(rng.choice([1, 2, 3], p=[0.4, 0.35, 0.25]))))
+    count = len(text)
     colour, motion = _choose(rng, list(COLOURS)), _choose(rng, _TEXT_MOTIONS)
     backdrop = _pick_background(rng, colour)
     tall = (88.0, 76.0, 64.0)[count - 1]

@@ -1,8 +1,8 @@
 """Train the embedded pipeline: ``python -m adamac.embedded.train --film FILE --output FOLDER``.
 
-Three things happen in turn, each for a given number of minutes: the autoencoder learns to compress
-clips; clips are painted, encoded and kept on the device; the transformer and its text encoder learn to
-denoise them, first clips of 17 frames (many, quick), then stills, then the full 49 frames with stills in
+Four things happen in turn, each for a given number of minutes: the text encoder learns to read captions
+(:mod:`adamac.embedded.reading`); the autoencoder learns to compress clips; clips are painted, encoded and
+kept on the device; the transformer and its text encoder learn to denoise them, first clips of 17 frames (many, quick), then stills, then the full 49 frames with stills in
 between, and at last what the network itself says under guidance, so that one forward a step is enough in
 use. A run can start from the weights of an earlier one (``--resume``); it then trains what it is given
 minutes for.
@@ -28,7 +28,7 @@ from rich.logging import RichHandler
 from transformers import PreTrainedTokenizerFast
 
 from adamac import embedded
-from adamac.embedded import assembly, dit, film, scenes, tokens
+from adamac.embedded import assembly, dit, film, reading, scenes, tokens
 from adamac.embedded import vae as autoencoder
 from adamac.embedded.rendering import Order, Renderer, mixed_orders
 
@@ -57,6 +57,7 @@ class Size:
     vae_batch: int = 3
     short_clips: int = 24_000
     full_clips: int = 40_000
+    captions: int = 5000
     held_out: int = 8
     short_batch: int = 64
     full_batch: int = 24
@@ -75,6 +76,7 @@ TINY = Size(
     vae_batch=2,
     short_clips=12,
     full_clips=12,
+    captions=40,
     held_out=1,
     short_batch=2,
     full_batch=2,
@@ -231,6 +233,25 @@ class Run:
 
     # ------------------------------------------------------------ stages
 
+    def teach_reading(self) -> None:
+        """Teach the text encoder the order of words, on captions without pictures."""
+        size = self.size
+
+        def captions(first: int, each: int, held_out: bool) -> torch.Tensor:
+            asked = [*scenes.CATEGORIES, "cut", "cut", "text"]  # the two in which order matters most
+            texts = [scenes.caption(c, first + i, size.full) for i, c in enumerate(asked * each)]
+            return self.tokenise([t for t in texts if scenes.is_held_out(t) == held_out])
+
+        self.report["reading"] = reading.teach(
+            self.denoiser.text_encoder,
+            captions(self.options.first_seed, size.captions, False),
+            captions(HELD_OUT_SEED, size.captions // 10, True),
+            self.tokenizer.convert_tokens_to_ids("cut"),
+            self.options.reading_minutes * 60,
+        )
+        logger.info("reading, share of right answers: %s", self.report["reading"])
+        self.averaged.load_state_dict(self.denoiser.state_dict())
+
     def train_vae(self) -> None:
         """Train the autoencoder on painted clips and film, write its statistics and its ceiling.
 
@@ -363,6 +384,8 @@ class Run:
     def everything(self) -> None:
         """All stages that were given time."""
         options, size = self.options, self.size
+        if options.reading_minutes > 0:
+            self.teach_reading()
         if options.vae_minutes > 0:
             self.train_vae()
             self.checkpoint()
@@ -420,6 +443,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--film", type=Path, help="Big Buck Bunny as a file; fetched if not given")
     add("--cache", type=Path, default=Path.home() / ".cache" / "adamac", help="for the fetched film")
     add("--resume", type=Path, help="weights folder of an earlier run")
+    add("--reading-minutes", type=float, default=0.7, help="text encoder, captions alone")
     add("--vae-minutes", type=float, default=3.0)
     add("--vae-rate", type=float, default=5e-4, help="peak learning rate of the autoencoder")
     add("--short-minutes", type=float, default=10.0, help="transformer, 17 frames")
