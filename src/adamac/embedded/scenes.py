@@ -38,39 +38,12 @@ SIZES = {"small ": 9.0, "": 15.0, "big ": 24.0}
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 """Characters that can be written in a frame."""
 
-WORDS = tuple(
-    [
-        "A",
-        "I",
-        "1",
-        "7",
-        "HI",
-        "GO",
-        "NO",
-        "UP",
-        "OK",
-        "ON",
-        "IT",
-        "WE",
-        "42",
-        "10",
-        "24",
-        "99",
-        "CAT",
-        "DOG",
-        "SUN",
-        "CAR",
-        "RED",
-        "TOP",
-        "YES",
-        "BIG",
-        "SEA",
-        "HOT",
-        "100",
-        "007",
-        "365",
-    ]
+# fmt: off
+WORDS = (
+    "A", "I", "1", "7", "HI", "GO", "NO", "UP", "OK", "ON", "IT", "WE", "42", "10", "24", "99", "CAT", "DOG",
+    "SUN", "CAR", "RED", "TOP", "YES", "BIG", "SEA", "HOT", "100", "007", "365",
 )
+# fmt: on
 """What is written half of the time; the rest are random characters, of which a small network spells fewer."""
 
 NUMBER_WORDS = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five"}
