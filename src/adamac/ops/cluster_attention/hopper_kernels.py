@@ -81,15 +81,12 @@ def _fetch(
 
 
 @gluon.jit
-def _bias(block, exact, length, means, starts, reads, logs, KEYS: gl.constexpr, layout: gl.constexpr):
-    """What is added to the logits of one block: nothing, or minus infinity past its end, or the log of a size."""
+def _bias(block, exact, length, skipped, KEYS: gl.constexpr, layout: gl.constexpr):
+    """What is added to the logits of one block: nothing, or minus infinity past its end, or how much a mean stands for."""
     lane = gl.arange(0, KEYS, layout=layout)
-    cluster = (block - exact) * KEYS + lane
-    there = (block >= exact) & (cluster < means)
-    size = gl.load(starts + cluster + 1, mask=there, other=0) - gl.load(starts + cluster, mask=there, other=0)
-    left = size - gl.load(reads + cluster, mask=there, other=0)
     of_token = gl.where(block * KEYS + lane < length, 0.0, float("-inf"))
-    return gl.where(block >= exact, gl.load(logs + left), of_token)
+    is_mean = (block >= exact) & (lane >= 0)
+    return gl.load(skipped + (block - exact) * KEYS + lane, mask=is_mean, other=of_token)
 
 
 @gluon.jit
@@ -143,7 +140,7 @@ def _step(
     memory,
     barriers,
     bounds,
-    sizes,
+    skipped,
     weights,
     acc,
     top,
@@ -157,19 +154,18 @@ def _step(
     """Multiply a block of keys, and the former block's weights with its values; take the softmax in between."""
     k_memory, v_memory = memory
     k_full, v_full, k_empty, v_empty = barriers
-    length, exact, _, means = bounds
-    starts, reads, logs = sizes
+    length, exact, _ = bounds
     logits_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
     bias_layout: gl.constexpr = gl.SliceLayout(0, logits_layout)
+    if BIASED:  # asked for first, so that it is there when the logits are
+        bias = _bias(block, exact, length, skipped, KEYS, bias_layout)
+    else:
+        bias = gl.zeros([KEYS], gl.float32, bias_layout)
     token = _next_logits(own, k_memory, k_full, block, KEYS, STAGES, logits_layout)
     added = _add_values(weights, acc, v_memory, v_full, block - 1, STAGES)
     logits = warpgroup_mma_wait(1, deps=[token])
     _free(k_empty, block, STAGES)
-    if BIASED:
-        bias = _bias(block, exact, length, means, starts, reads, logs, KEYS, bias_layout)
-    else:
-        bias = gl.zeros([KEYS], gl.float32, bias_layout)
     new_weights, fade, top, total = _softmax(logits, top, total, scale, bias, BIASED)
     acc = warpgroup_mma_wait(0, deps=[added])
     _free(v_empty, block - 1, STAGES)
@@ -186,7 +182,7 @@ def _compute(
     q_memory,
     sides,
     bounds,
-    sizes,
+    skipped,
     scale,
     KEYS: gl.constexpr,
     DIM: gl.constexpr,
@@ -196,8 +192,7 @@ def _compute(
     k_memory, v_memory = memory
     k_full, v_full, k_empty, _v_empty = barriers
     query, output, lse, rows, first, stop, q_stride, o_stride = sides
-    length, exact, blocks, means = bounds
-    starts, reads, logs = sizes
+    length, exact, blocks = bounds
     across: gl.constexpr = DIM // 8
     load_layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // across, across], [4, 1], [1, 0])
     logits_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
@@ -223,7 +218,7 @@ def _compute(
         token = _next_logits(own, k_memory, k_full, 0, KEYS, STAGES, logits_layout)
         logits = warpgroup_mma_wait(0, deps=[token])
         _free(k_empty, 0, STAGES)
-        bias = _bias(0, exact, length, means, starts, reads, logs, KEYS, bias_layout)
+        bias = _bias(0, exact, length, skipped, KEYS, bias_layout)
         weights, _fade, top, total = _softmax(logits, top, total, scale, bias, True)
         operand = gl.convert_layout(weights.to(query.dtype.element_ty), weights_layout)
         whole = gl.maximum(length // KEYS, 1)
@@ -234,7 +229,7 @@ def _compute(
                 memory,
                 barriers,
                 bounds,
-                sizes,
+                skipped,
                 operand,
                 acc,
                 top,
@@ -252,7 +247,7 @@ def _compute(
                 memory,
                 barriers,
                 bounds,
-                sizes,
+                skipped,
                 operand,
                 acc,
                 top,
@@ -300,13 +295,12 @@ def attend_kernel(
     q_order,
     q_starts,
     k_starts,
-    reads,
     ends,
     tile_cluster,
     tile_first,
     listed,
     counted,
-    logs,
+    skipped,
     output,
     lse,
     head_from,
@@ -342,16 +336,16 @@ def attend_kernel(
     stop = gl.where(cluster < q_clusters, stop, q_tokens)
     stop = gl.where(cluster <= q_clusters, stop, 0)  # a spare tile has no rows
     k_starts += head * (k_clusters + 1)
-    reads += (head * q_clusters + own) * k_clusters
     length = gl.load(ends + (head * q_clusters + own) * k_clusters + k_clusters - 1)
     length = gl.where(cluster < q_clusters, length, 0)
     # Who reads everything needs no list: it reads all rows in their order.
     tokens = gl.where(
         length == gl.load(k_starts + k_clusters), counted, listed + (here * q_clusters + own) * capacity
     )
+    skipped += (here * q_clusters + own) * means
     means = gl.where(cluster < q_clusters, means, 0)
     exact = gl.cdiv(length, KEYS)
-    blocks = exact + gl.cdiv(means, KEYS)
+    blocks = exact + means // KEYS
 
     sample, part = head // heads, head % heads
     query += sample * q_stride_b + part * q_stride_h
@@ -380,12 +374,11 @@ def attend_kernel(
     memory = (k_memory, v_memory)
     barriers = (k_full, v_full, k_empty, v_empty)
     sides = (query, output, lse, rows, first, stop, q_stride_n, o_stride_n)
-    bounds = (length, exact, blocks, means)
-    sizes = (k_starts, reads, logs)
+    bounds = (length, exact, blocks)
     gl.warp_specialize(
         [
-            (_compute, (0, memory, barriers, q_memory, sides, bounds, sizes, scale, KEYS, DIM, STAGES)),
-            (_compute, (1, memory, barriers, q_memory, sides, bounds, sizes, scale, KEYS, DIM, STAGES)),
+            (_compute, (0, memory, barriers, q_memory, sides, bounds, skipped, scale, KEYS, DIM, STAGES)),
+            (_compute, (1, memory, barriers, q_memory, sides, bounds, skipped, scale, KEYS, DIM, STAGES)),
             (_fetch, (memory, barriers, key, value, tokens, exact, blocks, k_tokens, KEYS, DIM, STAGES)),
         ],
         [4, 4],

@@ -1,11 +1,12 @@
-"""Cluster attention in three kernels: pack keys and values by cluster, list what each query cluster reads, attend.
+"""Cluster attention in kernels: pack keys and values by cluster, list what each query cluster reads and skips, attend.
 
 Packed, the members of a cluster lie side by side, one head after another, and behind the tokens of a head stand the means of
 its clusters. What a query cluster reads is a list of rows of that: gathered from where a transformer leaves keys, token by
 token with all heads side by side, the same rows would be megabytes apart, and the memory system could not keep up (a third of
 the speed on an H100). A program of the last kernel has up to ``ROWS`` rows of one query cluster. It reads listed rows, a
 block at a time; then, if skipped tokens are compensated, the means, each with the log of how many tokens are skipped as a
-bias (minus infinity if none is).
+bias (minus infinity if none is). The biases are worked out beforehand: looked up in place, through three tables each, they
+made a block of means cost four times a block of tokens.
 """
 
 from __future__ import annotations
@@ -107,6 +108,32 @@ def list_kernel(
         )
 
 
+@triton.jit(do_not_specialize=["head_from", "q_clusters", "k_clusters", "means"])
+def skip_kernel(
+    reads,  # [heads, q_clusters, k_clusters]
+    starts,  # [heads, k_clusters + 1]
+    skipped,  # [heads of this launch, q_clusters, means], float32
+    head_from,
+    q_clusters,
+    k_clusters,
+    means,  # k_clusters, filled up to whole blocks
+    BLOCK: tl.constexpr,
+):
+    """Write the logs (to base 2) of how many tokens of each key cluster a query cluster skips, minus infinity for none."""
+    row = tl.program_id(0).to(tl.int64)  # query cluster of this launch
+    head = head_from + row // q_clusters
+    for start in range(0, means, BLOCK):
+        cluster = start + tl.arange(0, BLOCK)
+        there = cluster < k_clusters
+        at = starts + head * (k_clusters + 1) + cluster
+        size = tl.load(at + 1, mask=there, other=0) - tl.load(at, mask=there, other=0)
+        left = size - tl.load(
+            reads + (head_from * q_clusters + row) * k_clusters + cluster, mask=there, other=0
+        )
+        log = tl.where(left > 0, tl.log2(tl.maximum(left, 1).to(tl.float32)), float("-inf"))
+        tl.store(skipped + row * means + cluster, log, mask=cluster < means)
+
+
 @triton.jit
 def _absorb(
     q,
@@ -162,13 +189,12 @@ def attend_kernel(
     q_order,  # [heads, q_tokens]
     q_starts,  # [heads, q_clusters + 1]
     k_starts,  # [heads, k_clusters + 1]
-    reads,  # [heads, q_clusters, k_clusters]
-    ends,
+    ends,  # [heads, q_clusters, k_clusters]
     tile_cluster,  # [heads, tiles]
     tile_first,
     listed,  # [heads of this launch, q_clusters, capacity]
     counted,  # [k_tokens or more] 0, 1, 2, ...
-    logs,  # [k_tokens + 1] their logarithms to base 2
+    skipped,  # [heads of this launch, q_clusters, means]
     output,
     lse,  # [heads, q_tokens]
     head_from,
@@ -177,7 +203,7 @@ def attend_kernel(
     k_tokens,
     q_clusters,
     k_clusters,
-    means,  # k_clusters, or 0 if nothing is compensated
+    means,  # whole blocks of them, or 0 if nothing is compensated
     tiles,
     capacity,
     rows,
@@ -251,17 +277,16 @@ def attend_kernel(
             v = tl.load(v_base + at, mask=there[:, None] & inside, other=0.0)
             bias = tl.where(there, 0.0, float("-inf"))
             acc, total, top = _absorb(q, k, v, bias, acc, total, top, scale, True, UPCAST, PRECISION)
-        means = tl.where(nothing, 0, means)
-        for start in range(0, means, KEYS):
-            each = start + lane
-            there = each < means
-            size_at = k_starts + head * (k_clusters + 1) + each
-            size = tl.load(size_at + 1, mask=there, other=0) - tl.load(size_at, mask=there, other=0)
-            left = size - tl.load(reads + own + each, mask=there, other=0)
-            bias = tl.load(logs + left)  # minus infinity for none
-            at = (k_tokens + each)[:, None] * dim
-            k = tl.load(k_base + at, mask=there[:, None] & inside, other=0.0)
-            v = tl.load(v_base + at, mask=there[:, None] & inside, other=0.0)
+        skipped += (here * q_clusters + known) * means
+        for start in range(0, tl.where(nothing, 0, means), KEYS):
+            bias = tl.load(skipped + start + lane)
+            at = (k_tokens + start + lane)[:, None] * dim
+            if FULL:
+                k = tl.load(k_base + at)
+                v = tl.load(v_base + at)
+            else:
+                k = tl.load(k_base + at, mask=inside, other=0.0)
+                v = tl.load(v_base + at, mask=inside, other=0.0)
             acc, total, top = _absorb(q, k, v, bias, acc, total, top, scale, True, UPCAST, PRECISION)
 
         some = total > 0

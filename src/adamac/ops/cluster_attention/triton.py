@@ -96,29 +96,31 @@ def _attend(
     output = torch.empty_like(query)
     lse = torch.empty(batch, heads, q_tokens, dtype=torch.float32, device=query.device)
     rows, capacity = k_tokens + _whole(k_clusters), _whole(most)
-    a_head = 4 * q_clusters * capacity + 2 * rows * dim * key.element_size()
+    means = _whole(k_clusters) if compensate else 0
+    a_head = 4 * q_clusters * (capacity + means) + 2 * rows * dim * key.element_size()
     at_once = max(1, min(batch * heads, _WORKSPACE_BYTES // a_head))
     packed = [torch.empty(at_once, rows, dim, dtype=part.dtype, device=part.device) for part in (key, value)]
     listed = torch.empty(at_once, q_clusters, capacity, dtype=torch.int32, device=query.device)
-    counted = torch.arange(_whole(k_tokens + 1), dtype=torch.int32, device=query.device)
-    logs = counted.float().log2()
+    skipped = torch.empty(at_once, q_clusters, means, dtype=torch.float32, device=query.device)
+    counted = torch.arange(_whole(k_tokens), dtype=torch.int32, device=query.device)
     for head_from in range(0, batch * heads, at_once):
         count = min(at_once, batch * heads - head_from)
         for source, target in zip((key, value), packed, strict=True):
             _pack(source, target, k_order, k_starts, head_from, count)
         _list(ends, reads, k_starts, listed, head_from, count)
+        if compensate:
+            _skip(reads, k_starts, skipped, head_from, count)
         arguments = (
             query,
             *packed,
             q_order.contiguous(),
             q_starts.contiguous(),
             k_starts,
-            reads,
             ends,
             *tables,
             listed,
             counted,
-            logs,
+            skipped,
             output,
             lse,
             head_from,
@@ -127,7 +129,7 @@ def _attend(
             k_tokens,
             q_clusters,
             k_clusters,
-            k_clusters if compensate else 0,
+            means,
             tables[0].shape[-1],
             capacity,
             rows,
@@ -193,6 +195,23 @@ def _list(ends: Tensor, reads: Tensor, starts: Tensor, listed: Tensor, head_from
         listed.shape[-1],
         BLOCK=block,
         PIECE=_PIECE,
+        num_warps=4,
+    )
+
+
+def _skip(reads: Tensor, starts: Tensor, skipped: Tensor, head_from: int, count: int) -> None:
+    """Work out how much the query clusters of some heads skip."""
+    q_clusters, k_clusters = reads.shape[-2:]
+    means = skipped.shape[-1]
+    kernels.skip_kernel[(count * q_clusters,)](
+        reads,
+        starts,
+        skipped,
+        head_from,
+        q_clusters,
+        k_clusters,
+        means,
+        BLOCK=_PIECE if interpreted() else 1024,
         num_warps=4,
     )
 
