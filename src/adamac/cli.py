@@ -41,6 +41,8 @@ class Bakeoff:
         fps: Frames a second of the video files.
         seeds: Every prompt is made once for each seed.
         keep: Share of the video tokens that every sparse arm reads, over 0 up to 1, in place of its own budget.
+        min_tokens: Videos of fewer tokens stay dense in every arm; 0 for none. If not given, those too small for sparse
+            attention to pay on this device, as it was measured: the embedded model's on a GPU, for instance.
         device: "auto", "cpu", "cuda" or "cuda:1".
         dtype: "auto" (float32 on a CPU, bfloat16 elsewhere), "float32", "bfloat16" or "float16".
         out: Directory for rows, videos, summary and report.
@@ -58,6 +60,7 @@ class Bakeoff:
     fps: int | None = None
     seeds: tuple[int, ...] = (0,)
     keep: float | None = None
+    min_tokens: int | None = None
     device: str = "auto"
     dtype: str = "auto"
     out: Path = Path("out/demo")
@@ -154,6 +157,7 @@ def bakeoff(options: Bakeoff, console: Console) -> int:
         guidance=options.guidance,
         fps=options.fps,
         keep=options.keep,
+        min_tokens=options.min_tokens,
         device=_device(options.device),
         dtype=options.dtype,
     )

@@ -23,7 +23,9 @@ def test_the_size_decides_whether_there_are_enough_tokens(tiny_model):
     enough = examine(config(tiny_model, frames=7, height=64, width=64))
     assert enough.tokens == 1024
     assert "1,024 tokens: enough" in enough.remark()
-    assert "too few" in examine(config(tiny_model, frames=3, height=64, width=64)).remark()
+    assert (
+        "fewer than 1,024 video tokens" in examine(config(tiny_model, frames=3, height=64, width=64)).remark()
+    )
 
 
 def test_the_command_says_it_in_a_table(tiny_model, capsys):

@@ -55,7 +55,11 @@ def test_rows_name_every_contender_with_its_facts(device):
     assert sparse["density"] == pytest.approx(0.15, abs=1e-3)
     assert sparse["cost"] > sparse["density"]
     assert rows["adamac 50%"]["cost"] == rows["adamac 50%"]["density"]
-    assert all(row["time_ms"] > 0 and row["rounds"] == 2 for row in rows.values())
+    timed = [row for row in rows.values() if "refused" not in row]
+    assert all(row["time_ms"] > 0 and row["host_ms"] > 0 and row["rounds"] == 2 for row in timed)
+    assert "k-means of keys, adamac" in {row["arm"] for row in timed}
+    for rival in ("flex blocks 15%", "flash4 blocks 15%", "k-means of keys, flash-kmeans"):
+        assert rows[rival].get("refused") or rows[rival]["time_ms"] > 0
     if device.type == "cuda":
         assert set(sparse["stages_ms"]) == {*STAGES, "other"}
         assert sparse["stages_ms"]["attend"] > 0

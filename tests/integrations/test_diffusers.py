@@ -339,7 +339,7 @@ def test_short_videos_stay_dense_with_a_reason():
     stock = run_wan(pipe)
     with enable(pipe, SMALL, Schedule(first=0)) as handle:
         assert torch.equal(run_wan(pipe), stock)
-        assert handle.report().dense_calls == {"schedule: fewer than 1024 video tokens": 16}
+        assert handle.report().dense_calls == {"too small: fewer than 1,024 video tokens": 16}
         assert handle.report().dense_impl == {"native": 16}
 
 

@@ -9,6 +9,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
+
+from adamac.attention import crossover
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -18,13 +22,14 @@ class Schedule:
         first: Dense steps at the start: a count (int), or a share of the steps (float), rounded up.
         last: Dense steps at the end, likewise.
         layers: Dense layers, by index; negative ones count from the end.
-        min_tokens: Sequences with fewer video tokens stay dense: planning would cost more than it saves.
+        min_tokens: Sequences with fewer video tokens stay dense: planning would cost more than it saves. ``None`` means
+            where the two were measured to meet on such a device (:mod:`adamac.attention.crossover`).
     """
 
     first: int | float = 0.1
     last: int | float = 0
     layers: tuple[int, ...] = ()
-    min_tokens: int = 1024
+    min_tokens: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("first", "last"):
@@ -57,6 +62,12 @@ class Schedule:
         if layer in self.layers or layer - num_layers in self.layers:
             return "schedule: layer"
         return None
+
+    def too_small(self, tokens: int, heads: int, head_dim: int, device: torch.device) -> str | None:
+        """Say why a call is too small to be sparse, or ``None``; as :func:`adamac.attention.crossover.too_small`."""
+        if self.min_tokens is None:
+            return crossover.too_small(tokens, heads, head_dim, device)
+        return f"schedule: fewer than {self.min_tokens} video tokens" if tokens < self.min_tokens else None
 
     @staticmethod
     def _steps(amount: int | float, num_steps: int | None) -> int:

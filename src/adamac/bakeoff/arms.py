@@ -27,7 +27,8 @@ class Arm:
         name: What it is called on the command line and in rows.
         note: What it is, in a line.
         method: Makes the plans; ``None`` leaves the pipeline as it is.
-        kernel: The one dense kernel that torch may use; ``None`` leaves the choice to torch.
+        kernel: The dense kernel that torch uses wherever it can; what it cannot take (in the autoencoder or the text
+            encoder, with widths or masks of their own) goes to the unfused one. ``None`` leaves the choice to torch.
     """
 
     name: str
@@ -42,11 +43,11 @@ class Arm:
 
     @contextmanager
     def dense_kernel(self) -> Generator[None]:
-        """Hold torch to this arm's dense kernel."""
+        """Have torch prefer this arm's dense kernel."""
         if self.kernel is None:
             yield
             return
-        with sdpa_kernel(self.kernel):
+        with sdpa_kernel([self.kernel, SDPBackend.MATH], set_priority=True):
             yield
 
 

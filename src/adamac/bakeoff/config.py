@@ -15,7 +15,7 @@ REFERENCE = "dense"
 """The arm that every other is compared with: the pipeline as it is."""
 
 # The window of SSIM needs 11 pixels, and no video model makes sides below 16.
-_LEAST = {"steps": 1, "height": 16, "width": 16, "frames": 1, "fps": 1}
+_LEAST = {"steps": 1, "height": 16, "width": 16, "frames": 1, "fps": 1, "min_tokens": 0}
 
 
 class Case(NamedTuple):
@@ -41,6 +41,7 @@ class Config:
         guidance: Scale of classifier-free guidance.
         fps: Frames a second of the video files.
         keep: Share of video tokens that every sparse arm reads, in place of its own budget.
+        min_tokens: Videos of fewer tokens stay dense; ``None`` for where sparse attention was measured to pay.
         device: Torch's name of a device.
         dtype: ``"auto"`` (float32 on a CPU, bfloat16 elsewhere) or torch's name of one.
     """
@@ -56,6 +57,7 @@ class Config:
     guidance: float | None = None
     fps: int | None = None
     keep: float | None = None
+    min_tokens: int | None = None
     device: str = "cpu"
     dtype: str = "auto"
 

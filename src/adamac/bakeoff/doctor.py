@@ -28,6 +28,7 @@ class Examination:
         findings: One for each attention module.
         size: Frames, height and width of the video in question; ``None`` where the model has no default.
         tokens: Video tokens that such a video has; ``None`` if the size is not known.
+        too_small: Why all of it would stay dense on this device; ``None`` if it would not, or if the size is not known.
         schedule: Which steps would stay dense.
     """
 
@@ -35,6 +36,7 @@ class Examination:
     findings: list[Finding]
     size: tuple[int | None, int | None, int | None]
     tokens: int | None
+    too_small: str | None
     schedule: Schedule
 
     def table(self) -> Table:
@@ -57,9 +59,11 @@ class Examination:
         if self.tokens is None:
             return f"{steps} Give --height, --width and --frames to learn how many tokens a video has."
         frames, height, width = self.size
-        enough = "enough" if self.tokens >= self.schedule.min_tokens else "too few, so all of it stays dense"
+        enough = (
+            "enough to be sparse" if self.too_small is None else f"all of it stays dense ({self.too_small})"
+        )
         size = f"A video of {frames} frames of {height} x {width} pixels has {self.tokens:,} tokens"
-        return f"{size}: {enough} (the least is {self.schedule.min_tokens:,}). {steps}"
+        return f"{size}: {enough}. {steps}"
 
 
 def examine(config: Config) -> Examination:
@@ -80,7 +84,12 @@ def examine(config: Config) -> Examination:
     except UnsupportedModelError as error:
         raise BadInput(f"model: {error}") from None
     size = _size(pipe, call_arguments(pipe, config))
-    return Examination(type(pipe).__name__, findings, size, _tokens(pipe, *size), Schedule())
+    tokens, schedule, shape = _tokens(pipe, *size), Schedule(), pipe.transformer.config
+    heads, head_dim = shape.num_attention_heads, shape.attention_head_dim
+    small = (
+        None if tokens is None else schedule.too_small(tokens, heads, head_dim, torch.device(config.device))
+    )
+    return Examination(type(pipe).__name__, findings, size, tokens, small, schedule)
 
 
 def _size(pipe: Pipeline, arguments: dict[str, Any]) -> tuple[int | None, int | None, int | None]:

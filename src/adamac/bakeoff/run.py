@@ -75,7 +75,7 @@ def run_bakeoff(
         BadInput: If something asked for cannot be done; nothing has been written then.
     """
     arms = choose_arms(config.arms, config.keep)
-    schedule = Schedule()
+    schedule = Schedule(min_tokens=config.min_tokens)
     who = identity(config, arms, schedule)
     directory.check(who, resume)
     bakeoff = _BakeOff(config, arms, schedule, directory, progress)

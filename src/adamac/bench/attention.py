@@ -2,12 +2,18 @@
 
 Contenders take turns on tensors drawn afresh in each round. A sparse call is what a later denoising step does: cluster from
 the centroids of the step before (made from the same tensors with a tenth of noise), select, list, attend. Its stages are
-timed apart by a profile of the device's kernels, in a call that is not timed otherwise.
+timed apart by a profile of the device's kernels, in a call that is not timed otherwise. Other people's kernels, whose time does
+not depend on what is in the tensors, keep those of the first round.
+
+On a GPU the time of a call is the device's, with the host ahead of it, as it is within a transformer's step: the device waits
+some milliseconds before the clock starts. What the host needs to put the call in the queue is given apart (``host_ms``); a
+step whose other work is shorter than that is bound by the host.
 """
 
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from statistics import median, quantiles
@@ -18,6 +24,8 @@ from torch import Tensor
 
 from adamac.attention import AdaCluster, Plan, Tokens, attend
 from adamac.attention.attend import with_text
+from adamac.attention.cluster import refine
+from adamac.bench.rivals import block_contenders, kmeans_contender
 from adamac.bench.shapes import Shape, draw, drift
 from adamac.ops.cluster_attention import Impl, cluster_attention, resolve
 from adamac.ops.dense_attention import Impl as DenseImpl
@@ -32,7 +40,7 @@ STAGES = {
     "moments": ("_moments",),
     "select": ("_fill", "gemm", "sgemm", "cutlass", "cublas", "Kernel2"),
     "pack": ("pack_kernel",),
-    "list": ("list_kernel",),
+    "list": ("list_kernel", "skip_kernel"),
     "attend": ("attend_kernel",),
 }
 """Names of kernels by stage; whatever is in none is "other"."""
@@ -85,29 +93,44 @@ def compare(
         A row for each contender, with times in milliseconds; the sparse ones also with their stages.
     """
     clock = Timer(device)
-    times: dict[str, list[float]] = {}
+    times, hosts = defaultdict(list), defaultdict(list)
     facts: dict[str, dict[str, Any]] = {}
+    others: dict[str, Callable[[], Any]] = {}
+
+    def take(name: str, call: Callable[[], Any], number: int) -> Any:
+        elapsed, host, result = clock.time(call)
+        if number:  # the first round warms up
+            times[name].append(elapsed)
+            hosts[name].append(host)
+        return result
+
     for number in range(rounds + 1):
         query, key, value = draw(shape, device, dtype, seed=number)
-        for name in (
-            dense_names(query, key, value) if number == 0 else [n for n in times if n.startswith("dense")]
-        ):
-            call = _dense(query, key, value, name)
-            _take(clock, times.setdefault(name, []), call, number)
+        if number == 0:
+            dense = dense_names(query, key, value)
+        for name in dense:
+            take(name, _dense(query, key, value, name), number)
         former = method(drift(query, 0.1, number), drift(key, 0.1, number + 1), layout=shape.layout()).kept()
         for each in contenders:
             plan_call = _plan(each.method(method), query, key, shape, former)
-            plan = _take(clock, times.setdefault(f"{each.name}, plan", []), plan_call, number)
+            plan = take(f"{each.name}, plan", plan_call, number)
             if number == 0:
                 check(query, key, value, plan, shape, each.impl)
-            attend_call = _attend(query, key, value, plan, each.impl)
-            _take(clock, times.setdefault(f"{each.name}, attend", []), attend_call, number)
+            take(f"{each.name}, attend", _attend(query, key, value, plan, each.impl), number)
             whole = _whole(plan_call, query, key, value, each.impl)
-            _take(clock, times.setdefault(each.name, []), whole, number)
+            take(each.name, whole, number)
             if number == 0:
                 facts[each.name] = facts_of(each, plan, query, whole)
-    dense = {name: series for name, series in times.items() if name.startswith("dense")}
-    fastest = min(dense, key=lambda name: median(dense[name]))
+        if number == 0:
+            found = rivals(shape, query, key, value, former, {each.density for each in contenders})
+            for name, call in found.items():
+                if isinstance(call, str):
+                    yield {"arm": name, "refused": call}
+                else:
+                    others[name] = call
+        for name, call in others.items():
+            take(name, call, number)
+    fastest = min(dense, key=lambda name: median(times[name]))
     for name, series in times.items():
         ratios = [base / own for base, own in zip(times[fastest], series, strict=True)]
         yield {
@@ -115,10 +138,29 @@ def compare(
             "time_ms": median(series),
             "time_ms_p20": quantiles(series, n=5)[0] if len(series) > 1 else series[0],
             "time_ms_p80": quantiles(series, n=5)[-1] if len(series) > 1 else series[0],
+            "host_ms": median(hosts[name]),
             "rounds": len(series),
             "fastest_dense": fastest.removeprefix("dense "),
             "speedup": median(ratios),
         } | facts.get(name, {})
+
+
+def rivals(
+    shape: Shape, query: Tensor, key: Tensor, value: Tensor, former: Plan | None, densities: set[float]
+) -> dict[str, Callable[[], Any] | str]:
+    """Other people's kernels at the same work, and ours where there is no row of it yet; or why one cannot run."""
+    found: dict[str, Callable[[], Any] | str] = {}
+    for density in sorted(densities, reverse=True):
+        found |= block_contenders(query, key, value, density)
+    if former is not None:
+        layout = shape.layout()
+        centroids = former.centroids()[1]
+        keys = layout.video(key)
+        found["k-means of keys, adamac"] = lambda: (
+            refine(keys, centroids, layout, iterations=1, metric="euclidean").members.order
+        )
+        found["k-means of keys, flash-kmeans"] = kmeans_contender(key, centroids, layout)
+    return found
 
 
 def dense_names(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
@@ -200,31 +242,30 @@ def stages(call: Callable[[], Tensor]) -> dict[str, float]:
 class Timer:
     """Milliseconds of a call, by the device's own clock where it has one."""
 
+    # Clock cycles of a GPU for which it waits before a call, some 10 ms, so that the host can get ahead.
+    _AHEAD = 16_000_000
+
     def __init__(self, device: torch.device) -> None:
         self._cuda, self._device = device.type == "cuda", device
 
-    def time(self, call: Callable[[], Any]) -> tuple[float, Any]:
-        """Run the call once."""
+    def time(self, call: Callable[[], Any]) -> tuple[float, float, Any]:
+        """Run the call once: milliseconds on the device, milliseconds until the host was free again, and the result."""
         if not self._cuda:
-            start = time.perf_counter()
+            begin = time.perf_counter()
             result = call()
-            return 1e3 * (time.perf_counter() - start), result
+            elapsed = 1e3 * (time.perf_counter() - begin)
+            return elapsed, elapsed, result
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         stream = torch.cuda.current_stream(self._device)
         stream.synchronize()
+        torch.cuda._sleep(self._AHEAD)
         start.record(stream)
+        begin = time.perf_counter()
         result = call()
+        host = 1e3 * (time.perf_counter() - begin)
         stop.record(stream)
         stop.synchronize()
-        return start.elapsed_time(stop), result
-
-
-def _take(clock: Timer, series: list[float], call: Callable[[], Any], number: int) -> Any:
-    """Run a call and note its time; the first round warms up."""
-    elapsed, result = clock.time(call)
-    if number:
-        series.append(elapsed)
-    return result
+        return start.elapsed_time(stop), host, result
 
 
 def _dense(query: Tensor, key: Tensor, value: Tensor, name: str) -> Callable[[], Tensor]:

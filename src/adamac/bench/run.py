@@ -80,10 +80,13 @@ def bench_attention(
 def table(rows: list[dict[str, Any]]) -> Table:
     """Lay rows out for a terminal."""
     drawn = Table(title="one self-attention call, milliseconds")
-    for column in ("shape", "arm", "p50", "p20", "p80", "x fastest dense", "density", "cost", "impl"):
+    for column in ("shape", "arm", "p50", "p20", "p80", "host", "x fastest dense", "density", "cost", "impl"):
         drawn.add_column(column, justify="left" if column in ("shape", "arm", "impl") else "right")
     for row in rows:
-        times = [f"{row[name]:.3g}" for name in ("time_ms", "time_ms_p20", "time_ms_p80")]
+        if "refused" in row:
+            drawn.add_row(row["shape"], row["arm"], "-", "", "", "", "", "", "", row["refused"])
+            continue
+        times = [f"{row[name]:.3g}" for name in ("time_ms", "time_ms_p20", "time_ms_p80", "host_ms")]
         shares = [f"{row[name]:.1%}" if name in row else "" for name in ("density", "cost")]
         drawn.add_row(row["shape"], row["arm"], *times, f"{row['speedup']:.2f}", *shares, row.get("impl", ""))
     return drawn

@@ -229,8 +229,8 @@ class Handle:
         video_tokens = layout.video_tokens
         num_layers = self._num_layers[self._current]
         reason = self.schedule.dense_reason(self._now.step, self._now.num_steps, layer, num_layers)
-        if reason is None and video_tokens < self.schedule.min_tokens:
-            reason = f"schedule: fewer than {self.schedule.min_tokens} video tokens"
+        batch, heads, _, head_dim = query.shape
+        reason = reason or self.schedule.too_small(video_tokens, batch * heads, head_dim, query.device)
         plan = self._plan(layer, layout, query, key) if reason is None else Plan.dense(layout, reason)
         if plan.is_dense:
             self._record(layer, plan.dense_reason, impl=_dense_impl(layout, query, key, value))

@@ -64,7 +64,7 @@ def _fetch(
 ):
     """What the fetching warps do: rows are looked up a block ahead, and keys go a block ahead of values."""
     k_memory, v_memory = memory
-    k_full, v_full, k_empty, v_empty = barriers
+    k_full, v_full, k_empty, v_empty, _done = barriers
     across: gl.constexpr = DIM // 8
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // across, across], [4, 1], [1, 0])
     lane = gl.arange(0, KEYS, layout=gl.SliceLayout(1, layout))
@@ -128,14 +128,17 @@ def _add_values(weights, acc, v_memory, v_full, block, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _free(empty, block, STAGES: gl.constexpr):
+def _free(empty, block, alone, STAGES: gl.constexpr):
     barrier()  # all four warps are done with the block
     mbarrier.arrive(empty.index(block % STAGES), count=1)
+    if alone:  # nobody else will read it
+        mbarrier.arrive(empty.index(block % STAGES), count=1)
 
 
 @gluon.jit
 def _step(
     block,
+    before,
     own,
     memory,
     barriers,
@@ -151,10 +154,10 @@ def _step(
     DIM: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """Multiply a block of keys, and the former block's weights with its values; take the softmax in between."""
+    """Multiply a block of keys, and the weights of the block before with its values; take the softmax in between."""
     k_memory, v_memory = memory
-    k_full, v_full, k_empty, v_empty = barriers
-    length, exact, _ = bounds
+    k_full, v_full, k_empty, v_empty, _done = barriers
+    length, exact, _, alone = bounds
     logits_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
     bias_layout: gl.constexpr = gl.SliceLayout(0, logits_layout)
@@ -163,23 +166,50 @@ def _step(
     else:
         bias = gl.zeros([KEYS], gl.float32, bias_layout)
     token = _next_logits(own, k_memory, k_full, block, KEYS, STAGES, logits_layout)
-    added = _add_values(weights, acc, v_memory, v_full, block - 1, STAGES)
+    added = _add_values(weights, acc, v_memory, v_full, before, STAGES)
     logits = warpgroup_mma_wait(1, deps=[token])
-    _free(k_empty, block, STAGES)
+    _free(k_empty, block, alone, STAGES)
     new_weights, fade, top, total = _softmax(logits, top, total, scale, bias, BIASED)
     acc = warpgroup_mma_wait(0, deps=[added])
-    _free(v_empty, block - 1, STAGES)
+    _free(v_empty, before, alone, STAGES)
     acc = acc * gl.convert_layout(fade, gl.SliceLayout(1, acc_layout))[:, None]
     operand = gl.convert_layout(new_weights.to(own.dtype), gl.DotOperandLayout(0, acc_layout, 2))
     return operand, acc, top, total
 
 
 @gluon.jit
+def _join(
+    HALF: gl.constexpr, acc, top, total, partial, done, row_layout: gl.constexpr, acc_layout: gl.constexpr
+):
+    """The second group hands over what it has for the same rows; the first takes it into its own."""
+    others, other_tops, other_totals = partial
+    if HALF == 1:
+        others.store(acc)
+        other_tops.store(top)
+        other_totals.store(total)
+        barrier()
+        mbarrier.arrive(done, count=1)
+    else:
+        mbarrier.wait(done, 0)
+        other_top = other_tops.load(row_layout)
+        new_top = gl.maximum(top, other_top)
+        reference = gl.where(new_top == float("-inf"), 0.0, new_top)
+        fade, other_fade = gl.exp2(top - reference), gl.exp2(other_top - reference)
+        total = total * fade + other_totals.load(row_layout) * other_fade
+        out_row: gl.constexpr = gl.SliceLayout(1, acc_layout)
+        acc = acc * gl.convert_layout(fade, out_row)[:, None]
+        acc += others.load(acc_layout) * gl.convert_layout(other_fade, out_row)[:, None]
+        top = new_top
+    return acc, top, total
+
+
+@gluon.jit
 def _compute(
     HALF: gl.constexpr,
     memory,  # (keys, values)
-    barriers,  # (k_full, v_full, k_empty, v_empty)
+    barriers,  # (k_full, v_full, k_empty, v_empty, done)
     q_memory,
+    partial,  # (output, top, total) of the second group
     sides,
     bounds,
     skipped,
@@ -188,11 +218,11 @@ def _compute(
     DIM: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """What a computing group does."""
+    """What a computing group does: 64 rows and all blocks, or, in a tile of at most 64 rows, these and every other block."""
     k_memory, v_memory = memory
-    k_full, v_full, k_empty, _v_empty = barriers
+    k_full, v_full, k_empty, _v_empty, done = barriers
     query, output, lse, rows, first, stop, q_stride, o_stride = sides
-    length, exact, blocks = bounds
+    length, exact, blocks, alone = bounds
     across: gl.constexpr = DIM // 8
     load_layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // across, across], [4, 1], [1, 0])
     logits_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
@@ -202,7 +232,10 @@ def _compute(
     bias_layout: gl.constexpr = gl.SliceLayout(0, logits_layout)
     out_row: gl.constexpr = gl.SliceLayout(1, acc_layout)
 
-    place = first + HALF * GROUP + gl.arange(0, GROUP, layout=gl.SliceLayout(1, load_layout))
+    begin = first + gl.where(alone, 0, HALF * GROUP)
+    first_block = gl.where(alone, HALF, 0)
+    stride = gl.where(alone, 2, 1)
+    place = begin + gl.arange(0, GROUP, layout=gl.SliceLayout(1, load_layout))
     column = gl.arange(0, DIM, layout=gl.SliceLayout(0, load_layout))
     row = gl.load(rows + place, mask=place < stop, other=0).to(gl.int64)
     here = (place < stop)[:, None] & (column >= 0)[None, :]
@@ -214,17 +247,20 @@ def _compute(
     top = gl.full([GROUP], float("-inf"), gl.float32, row_layout)
     total = gl.full([GROUP], 0.0, gl.float32, row_layout)
     acc = gl.zeros([GROUP, DIM], gl.float32, acc_layout)
-    if blocks > 0:
-        token = _next_logits(own, k_memory, k_full, 0, KEYS, STAGES, logits_layout)
+    number = gl.cdiv(blocks - first_block, stride)
+    if number > 0:
+        token = _next_logits(own, k_memory, k_full, first_block, KEYS, STAGES, logits_layout)
         logits = warpgroup_mma_wait(0, deps=[token])
-        _free(k_empty, 0, STAGES)
-        bias = _bias(0, exact, length, skipped, KEYS, bias_layout)
+        _free(k_empty, first_block, alone, STAGES)
+        bias = _bias(first_block, exact, length, skipped, KEYS, bias_layout)
         weights, _fade, top, total = _softmax(logits, top, total, scale, bias, True)
         operand = gl.convert_layout(weights.to(query.dtype.element_ty), weights_layout)
-        whole = gl.maximum(length // KEYS, 1)
-        for block in range(1, whole):
+        whole = gl.maximum(gl.cdiv(length // KEYS - first_block, stride), 1)
+        for index in range(1, whole):
+            block = first_block + index * stride
             operand, acc, top, total = _step(
                 block,
+                block - stride,
                 own,
                 memory,
                 barriers,
@@ -240,9 +276,11 @@ def _compute(
                 DIM,
                 STAGES,
             )
-        for block in range(whole, blocks):
+        for index in range(whole, number):
+            block = first_block + index * stride
             operand, acc, top, total = _step(
                 block,
+                block - stride,
                 own,
                 memory,
                 barriers,
@@ -258,19 +296,22 @@ def _compute(
                 DIM,
                 STAGES,
             )
-        added = _add_values(operand, acc, v_memory, v_full, blocks - 1, STAGES)
+        added = _add_values(operand, acc, v_memory, v_full, first_block + (number - 1) * stride, STAGES)
         acc = warpgroup_mma_wait(0, deps=[added])
+    if alone:
+        acc, top, total = _join(HALF, acc, top, total, partial, done, row_layout, acc_layout)
+        stop = gl.where(HALF == 1, begin, stop)
 
     some = total > 0
     log_sum = gl.where(some, (top + gl.log2(gl.where(some, total, 1.0))) * 0.6931471805599453, float("-inf"))
     share = gl.convert_layout(gl.where(some, 1.0 / gl.where(some, total, 1.0), 0.0), out_row)
     acc = gl.where((share > 0)[:, None], acc * share[:, None], 0.0)
-    place = first + HALF * GROUP + gl.arange(0, GROUP, layout=out_row)
+    place = begin + gl.arange(0, GROUP, layout=out_row)
     column = gl.arange(0, DIM, layout=gl.SliceLayout(0, acc_layout))
     row = gl.load(rows + place, mask=place < stop, other=0).to(gl.int64)
     here = (place < stop)[:, None] & (column >= 0)[None, :]
     gl.store(output + row[:, None] * o_stride + column[None, :], acc.to(output.dtype.element_ty), mask=here)
-    place = first + HALF * GROUP + gl.arange(0, GROUP, layout=row_layout)
+    place = begin + gl.arange(0, GROUP, layout=row_layout)
     row = gl.load(rows + place, mask=place < stop, other=0)
     gl.store(lse + row, log_sum, mask=place < stop)
 
@@ -369,16 +410,31 @@ def attend_kernel(
         mbarrier.init(v_full.index(stage), count=128)
         mbarrier.init(k_empty.index(stage), count=2)  # each computing group says when it is done
         mbarrier.init(v_empty.index(stage), count=2)
+    done = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(done, count=1)
     fence_async_shared()
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    partial = (
+        gl.allocate_shared_memory(gl.float32, [GROUP, DIM], plain),
+        gl.allocate_shared_memory(gl.float32, [GROUP], line),
+        gl.allocate_shared_memory(gl.float32, [GROUP], line),
+    )
 
     memory = (k_memory, v_memory)
-    barriers = (k_full, v_full, k_empty, v_empty)
+    barriers = (k_full, v_full, k_empty, v_empty, done)
     sides = (query, output, lse, rows, first, stop, q_stride_n, o_stride_n)
-    bounds = (length, exact, blocks)
+    bounds = (length, exact, blocks, stop - first <= GROUP)
     gl.warp_specialize(
         [
-            (_compute, (0, memory, barriers, q_memory, sides, bounds, skipped, scale, KEYS, DIM, STAGES)),
-            (_compute, (1, memory, barriers, q_memory, sides, bounds, skipped, scale, KEYS, DIM, STAGES)),
+            (
+                _compute,
+                (0, memory, barriers, q_memory, partial, sides, bounds, skipped, scale, KEYS, DIM, STAGES),
+            ),
+            (
+                _compute,
+                (1, memory, barriers, q_memory, partial, sides, bounds, skipped, scale, KEYS, DIM, STAGES),
+            ),
             (_fetch, (memory, barriers, key, value, tokens, exact, blocks, k_tokens, KEYS, DIM, STAGES)),
         ],
         [4, 4],
