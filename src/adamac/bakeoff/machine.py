@@ -19,6 +19,8 @@ def machine_stamp(device: str) -> dict[str, Any]:
     stamp: dict[str, Any] = {"device": _device_name(device), "threads": torch.get_num_threads()}
     stamp["python"] = platform.python_version()
     stamp["torch"] = torch.__version__
+    if device.startswith("cuda"):
+        stamp["triton"] = _version("triton")
     stamp["diffusers"] = _version("diffusers")
     stamp["adamac"] = adamac.__version__
     if commit := _commit():
