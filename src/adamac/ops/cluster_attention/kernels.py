@@ -108,6 +108,37 @@ def list_kernel(
         )
 
 
+@triton.jit(do_not_specialize=["tokens", "clusters", "tiles"])
+def tile_kernel(
+    starts,  # [heads, clusters + 1]
+    tile_cluster,  # [heads, tiles]
+    tile_first,
+    tokens,
+    clusters,
+    tiles,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,  # more than clusters
+    PIECE: tl.constexpr,
+):
+    """Cut the query clusters of one head into tiles, one after another; then padding, as one more; the rest is spare."""
+    head = tl.program_id(0).to(tl.int64)
+    cluster = tl.arange(0, BLOCK)
+    begin = tl.load(starts + head * (clusters + 1) + cluster, mask=cluster <= clusters, other=0)
+    end = tl.load(starts + head * (clusters + 1) + cluster + 1, mask=cluster < clusters, other=0)
+    end = tl.where(cluster == clusters, tokens, end)
+    needed = tl.where(cluster <= clusters, (end - begin + ROWS - 1) // ROWS, 0)
+    place = tl.cumsum(needed, 0) - needed
+    tile_cluster += head * tiles
+    tile_first += head * tiles
+    for number in range(0, tl.max(needed, 0)):
+        tl.store(tile_cluster + place + number, cluster, mask=number < needed)
+        tl.store(tile_first + place + number, begin + number * ROWS, mask=number < needed)
+    for spare in range(tl.sum(needed, 0), tiles, PIECE):
+        tile = spare + tl.arange(0, PIECE)
+        tl.store(tile_cluster + tile, clusters + 1, mask=tile < tiles)
+        tl.store(tile_first + tile, tokens, mask=tile < tiles)
+
+
 @triton.jit(do_not_specialize=["head_from", "q_clusters", "k_clusters", "means"])
 def skip_kernel(
     reads,  # [heads, q_clusters, k_clusters]

@@ -235,13 +235,19 @@ def tiles(starts: Tensor, tokens: int, rows: int) -> tuple[Tensor, Tensor]:
         Two int32 tensors ``[batch, heads, tiles]``: the cluster of each tile, ``clusters`` for padding and
         ``clusters + 1`` for a spare one, and its first row in the order of clusters.
     """
-    clusters = starts.shape[-1] - 1
-    bounds = torch.nn.functional.pad(starts, (0, 1), value=tokens)
-    needed = (bounds.diff() + rows - 1) // rows
-    ends = needed.cumsum(-1, dtype=torch.int32)
-    number = math.ceil(tokens / rows) + clusters + 1
-    tile = torch.arange(number, device=starts.device, dtype=torch.int32).expand(*starts.shape[:-1], number)
-    cluster = torch.searchsorted(ends, tile.contiguous(), right=True)
-    own = cluster.clamp_max(clusters)
-    within = tile - (torch.gather(ends, -1, own) - torch.gather(needed, -1, own))
-    return cluster.int(), (torch.gather(bounds, -1, own) + within * rows).int()
+    *leading, bounds = starts.shape
+    clusters, number = bounds - 1, math.ceil(tokens / rows) + bounds
+    starts = starts.contiguous()
+    tables = starts.new_empty(2, *leading, number, dtype=torch.int32)
+    kernels.tile_kernel[(starts.numel() // bounds,)](
+        starts,
+        *tables,
+        tokens,
+        clusters,
+        number,
+        ROWS=rows,
+        BLOCK=power_of_two(bounds),
+        PIECE=_PIECE,
+        num_warps=4,
+    )
+    return tables[0], tables[1]
