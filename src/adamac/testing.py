@@ -7,6 +7,9 @@ plus the rounding of its result. No test has a tolerance of its own.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -186,3 +189,28 @@ def eager_cluster_attention(
             output[at][rows] = logits.softmax(-1) @ own_value[used]
             lse[at][rows] = logits.logsumexp(-1)
     return output, lse
+
+
+def run_ranks(
+    function: Callable[..., Any], ranks: int, *arguments: Any, time_limit_s: float = 120.0
+) -> list[Any]:
+    """Run a function on several ranks, processes of this machine that are one gloo process group.
+
+    If a rank fails, the others are ended at once, wherever they wait for it.
+
+    Args:
+        function: Of a module that the processes can import, called as ``function(rank, *arguments)``.
+        ranks: How many.
+        *arguments: The same for every rank; they have to be picklable.
+        time_limit_s: After this many seconds all ranks are ended.
+
+    Returns:
+        What each rank returned, without gradients; it has to be picklable.
+
+    Raises:
+        RuntimeError: With the traceback of the rank that failed first, or with the exit code of one that died.
+        TimeoutError: Naming the ranks that had not finished.
+    """
+    from adamac.moe.ranks import run
+
+    return run(function, ranks, arguments, time_limit_s)

@@ -1,0 +1,44 @@
+"""Dispatchers: they move rows to the experts that a routing names, and bring the answers back.
+
+A dispatcher is no module, it has nothing to learn. It sends rows on their way, and what it returns knows the way back::
+
+    (sent,) = dispatcher.send(rows, routing)   # starts; rows [tokens, width]
+    arrived, counts = sent.arrive()            # waits; sorted by local expert
+    sent.reply(experts(arrived, counts))       # starts
+    answer = sent.collect()                    # waits; [tokens, width], weighted and summed
+
+Between ``send`` and ``arrive``, and between ``reply`` and ``collect``, the rows travel and the device is free. Sent in
+chunks, one travels while the experts work on another. Four kinds, equal in
+what they compute and different in what they send:
+
+- :class:`Local`: all experts are here; nothing is sent.
+- :class:`AllToAll`: one copy of a row for each of its experts, weights applied on return. What most trainers do.
+- :class:`PerRank`: one copy for each *rank* that holds any of its experts. The weights travel along and are applied over there,
+  and one partial sum comes back. With many experts a token and few ranks this sends far less.
+- :class:`AllGather`: every row to every rank, partial sums by reduce-scatter. Sends the most, but needs no permutation before and
+  its volume does not depend on the routing; wins where a token's experts are on nearly all ranks anyway.
+
+Every dispatcher is differentiable in rows and weights, and takes ranks without tokens, experts without rows and any skew.
+"""
+
+from __future__ import annotations
+
+from adamac.moe.dispatch.all_gather import AllGather
+from adamac.moe.dispatch.all_to_all import AllToAll
+from adamac.moe.dispatch.choose import DISPATCHERS, cheapest, choose
+from adamac.moe.dispatch.common import Dispatcher, Meter, Sent
+from adamac.moe.dispatch.local import Local
+from adamac.moe.dispatch.per_rank import PerRank
+
+__all__ = [
+    "DISPATCHERS",
+    "AllGather",
+    "AllToAll",
+    "Dispatcher",
+    "Local",
+    "Meter",
+    "PerRank",
+    "Sent",
+    "cheapest",
+    "choose",
+]

@@ -1,0 +1,105 @@
+"""The experts that live on one rank, computed together: two grouped matrix products with an activation between.
+
+Matrices are stored ``[experts, width_in, width_out]``, a gated expert's gate and up side by side in one, so that all experts' first
+products are one kernel and their second another. Expert ``e`` of the layer is drawn from a seed of its own: whichever rank holds
+it, it starts the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from adamac.moe.presets import MoEConfig
+from adamac.ops.grouped_mm import GroupedImpl, grouped_mm
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": nn.functional.gelu,
+    "relu": nn.functional.relu,
+    "silu": nn.functional.silu,
+    "relu2": lambda x: nn.functional.relu(x).square(),
+}
+
+
+class Experts(nn.Module):
+    """Some experts of a layer, a consecutive range.
+
+    Attributes:
+        up: ``[local_experts, width, ffn]``, or ``2 * ffn`` with the gate first.
+        down: ``[local_experts, ffn, width]``.
+    """
+
+    def __init__(
+        self,
+        config: MoEConfig,
+        local_experts: int | None = None,
+        first: int = 0,
+        *,
+        impl: GroupedImpl = "auto",
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.config, self.impl, self.first = config, impl, first
+        number = config.num_experts if local_experts is None else local_experts
+        wide = 2 * config.ffn if config.gated else config.ffn
+        self.up = nn.Parameter(torch.empty(number, config.width, wide, device=device, dtype=dtype))
+        self.down = nn.Parameter(torch.empty(number, config.ffn, config.width, device=device, dtype=dtype))
+
+    def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """Let each expert answer its rows.
+
+        Args:
+            rows: ``[n, width]``, sorted by expert.
+            counts: ``[local_experts]`` integers, rows of each expert.
+
+        Returns:
+            ``[n, width]`` in the same order.
+        """
+        inner = grouped_mm(rows, self.up.to(rows.dtype), counts, impl=self.impl)
+        return grouped_mm(activate(inner, self.config), self.down.to(rows.dtype), counts, impl=self.impl)
+
+    @torch.no_grad()
+    def draw(self, up_std: float, down_std: float, seed: int) -> None:
+        """Draw the matrices at random, each expert from a seed of its own.
+
+        Args:
+            up_std: Standard deviation of ``up``.
+            down_std: Of ``down``.
+            seed: Of the layer; the same on all ranks.
+        """
+        if self.up.device.type == "meta":
+            return
+        generator = torch.Generator(self.up.device)
+        for index in range(len(self.up)):
+            generator.manual_seed(seed + self.first + index)
+            self.up[index].normal_(0, up_std, generator=generator)
+            self.down[index].normal_(0, down_std, generator=generator)
+
+
+class SharedExpert(nn.Module):
+    """The expert that all tokens take. It reads the full width of the model, whatever the routed rows are narrowed to."""
+
+    def __init__(
+        self, config: MoEConfig, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        wide = 2 * config.shared_ffn if config.gated else config.shared_ffn
+        self.up = nn.Linear(config.hidden, wide, bias=False, device=device, dtype=dtype)
+        self.down = nn.Linear(config.shared_ffn, config.hidden, bias=False, device=device, dtype=dtype)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Answer every token: ``[tokens, hidden]`` to the same."""
+        return self.down(activate(self.up(tokens), self.config))
+
+
+def activate(inner: Tensor, config: MoEConfig) -> Tensor:
+    """Apply the activation: ``[n, ffn]``, or of ``[n, 2 * ffn]`` the activated first half times the second."""
+    activation = ACTIVATIONS[config.activation]
+    if not config.gated:
+        return activation(inner)
+    gate, up = inner.chunk(2, dim=-1)
+    return activation(gate) * up

@@ -1,0 +1,219 @@
+"""The layer: ``descend → send → experts → collect → ascend``, and the baseline is the same with two identities.
+
+BigMac (arXiv 2502.16927) and the fine-grained mixture it is compared with differ in where the two thin matrices are: the baseline
+has them in every expert and sends rows at full width; BigMac has one pair for all experts, narrows a row before it is sent and
+widens the weighted sum after it came back. Because the sum is linear, widening once after it is the same as widening each
+answer. Everything else, the router above all, is shared by both, so that a comparison differs in the configuration alone.
+
+What reads the full width: the router and the shared expert. What is sent, and what the routed experts read, is ``latent`` wide.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from adamac.moe.dispatch import Meter, choose
+from adamac.moe.dispatch.common import local_experts
+from adamac.moe.experts import Experts, SharedExpert
+from adamac.moe.presets import MoEConfig
+from adamac.moe.routing import Router, Routing
+from adamac.moe.timing import Clock
+from adamac.moe.traffic import Traffic
+from adamac.ops.grouped_mm import GroupedImpl
+
+# Of matrices where an initialisation by fan-in is not asked for: GPT-2's.
+_STD = 0.02
+
+
+class MoE(nn.Module):
+    """A mixture-of-experts layer of any of the shapes in :mod:`adamac.moe.presets`, on one rank or several.
+
+    Each rank has its own tokens and ``num_experts / ranks`` of the experts; everything else is on every rank, and starts equal
+    on all if their random seeds are equal.
+
+    A forward pass:
+
+    1. ``router`` reads ``x`` at full width and chooses experts and weights.
+    2. ``descend`` narrows ``x`` to the latent width (identity in the baseline).
+    3. the dispatcher sends rows to their experts' ranks; meanwhile the ``shared`` expert, if any, reads ``x`` at full width.
+    4. ``experts`` answer; the dispatcher brings the answers back and adds them up by weight.
+    5. ``norm``, if any, and ``ascend`` widen the sum.
+
+    Attributes:
+        losses: The auxiliary losses of the last forward pass by name, unweighted.
+        traffic: Bytes that this rank sent in the last forward pass and its backward.
+        routing: That of the last forward pass, without gradients.
+        clock: What the stages are timed with; nothing by default.
+    """
+
+    def __init__(
+        self,
+        config: MoEConfig,
+        dispatcher: str = "auto",
+        group: dist.ProcessGroup | None = None,
+        *,
+        chunks: int = 1,
+        impl: GroupedImpl = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Build and initialise the layer from torch's random numbers.
+
+        Args:
+            config: Its shape.
+            dispatcher: ``"auto"``, ``"local"``, ``"all_to_all"``, ``"per_rank"`` or ``"all_gather"``.
+            group: The ranks that its experts are spread over; ``None`` means that all are here.
+            chunks: Parts that the tokens are sent in, so that the experts work on one while the next travels.
+            impl: Of the experts' matrix products, see :func:`adamac.ops.grouped_mm.grouped_mm`.
+            device: Of the parameters.
+            dtype: Of the parameters.
+
+        Raises:
+            ValueError: If the experts cannot be spread evenly, or the dispatcher does not fit.
+        """
+        super().__init__()
+        if chunks < 1:
+            raise ValueError(f"chunks must be at least 1; got {chunks}")
+        device = None if device is None else torch.device(device)
+        self.config, self.group, self.chunks = config, group, chunks
+        self.dispatcher = choose(dispatcher, config, group)
+        own = local_experts(config.num_experts, self.dispatcher.ranks)
+        self.router = Router(config, device, dtype)
+        self.experts = Experts(config, own, self.dispatcher.rank * own, impl=impl, device=device, dtype=dtype)
+        self.descend, self.ascend = nn.Identity(), nn.Identity()
+        if config.latent is not None:
+            self.descend = nn.Linear(config.hidden, config.latent, bias=False, device=device, dtype=dtype)
+            self.ascend = nn.Linear(config.latent, config.hidden, bias=False, device=device, dtype=dtype)
+        self.norm = (
+            nn.RMSNorm(config.width, device=device, dtype=dtype) if config.latent_norm else nn.Identity()
+        )
+        self.shared = SharedExpert(config, device, dtype) if config.shared_ffn else None
+        self.losses: dict[str, Tensor] = {}
+        self.traffic = Traffic()
+        self.routing: Routing | None = None
+        self.clock = Clock()
+        self.reset_parameters()
+
+    def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
+        """Compute the layer.
+
+        Args:
+            x: ``[..., hidden]``; ranks may have different numbers of tokens, and none.
+            routing: Of these tokens, in place of the router's, on all ranks or none; for measurements, and to repeat a pass.
+
+        Returns:
+            Like ``x``; the residual is not added.
+
+        Raises:
+            ValueError: If the width differs, or the router gave NaN or infinity.
+        """
+        if x.shape[-1] != self.config.hidden:
+            raise ValueError(f"expected rows of hidden width {self.config.hidden}; got {tuple(x.shape)}")
+        tokens, clock = x.reshape(-1, self.config.hidden), self.clock
+        meter = Meter(Traffic(), clock)
+        self.losses = {}
+        if routing is None:
+            with clock.stage("gate"):
+                routing, self.losses = self.router(tokens)
+        _check_routing(routing, len(tokens), self.config)
+        with clock.stage("descend"):
+            rows = _autocast(self.descend(tokens))
+        answers, shared = self._routed(tokens, rows, routing, meter)
+        with clock.stage("ascend"):
+            output = self.ascend(self.norm(answers)).to(x.dtype)
+        if shared is not None:
+            output = output + shared.to(x.dtype)
+        self.traffic, self.routing = meter.traffic, routing.detached()
+        return output.view(x.shape)
+
+    def _routed(
+        self, tokens: Tensor, rows: Tensor, routing: Routing, meter: Meter
+    ) -> tuple[Tensor, Tensor | None]:
+        """Let the experts answer, and the shared one while rows travel."""
+        under_way = self.dispatcher.send(rows, routing, meter, chunks=self.chunks)
+        shared = None
+        if self.shared is not None:
+            with self.clock.stage("shared"):
+                shared = self.shared(tokens)
+        for sent in under_way:
+            arrived, counts = sent.arrive()
+            with self.clock.stage("experts"):
+                answers = self.experts(arrived, counts)
+            sent.reply(answers)
+        parts = [sent.collect() for sent in under_way]
+        return parts[0] if len(parts) == 1 else torch.cat(parts), shared
+
+    def auxiliary_loss(self) -> Tensor:
+        """The losses of the last forward pass, weighted as the configuration says and added up."""
+        weights = {"balance": self.config.balance_weight, "z": self.config.z_weight}
+        total = torch.zeros((), device=self.router.weight.device)
+        for name, loss in self.losses.items():
+            total = total + weights[name] * loss
+        return total
+
+    @torch.no_grad()
+    def rebalance(self, group: dist.ProcessGroup | None = None) -> None:
+        """Move the bias of the choice a step towards an even load, if the configuration balances by a bias.
+
+        To be called once an optimiser step, on all ranks of a run alike.
+
+        Args:
+            group: Ranks whose loads are added up; ``None`` means all there are.
+        """
+        load = self.router.load
+        if load is None:
+            return
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(load, group=group)
+        self.router.rebalance(load)
+        load.zero_()
+
+    def reset_parameters(self, residual_scale: float = 1.0) -> None:
+        """Draw all matrices anew.
+
+        Args:
+            residual_scale: What the matrices that write to the residual are scaled by, usually ``(2 * layers) ** -0.5``.
+                With ``sound_init`` that is the outermost one alone; else, as the common code does, the experts' too.
+        """
+        config, sound = self.config, self.config.sound_init
+
+        def std(fan_in: int) -> float:
+            return fan_in**-0.5 if sound else _STD
+
+        inner_scale = 1.0 if sound and config.latent is not None else residual_scale
+        seed = int(torch.randint(2**62, ()))
+        nn.init.normal_(self.router.weight, std=std(config.hidden))
+        self.experts.draw(std(config.width), std(config.ffn) * inner_scale, seed)
+        if isinstance(self.descend, nn.Linear):
+            nn.init.normal_(self.descend.weight, std=std(config.hidden))
+        if isinstance(self.ascend, nn.Linear):
+            nn.init.normal_(self.ascend.weight, std=std(config.width) * residual_scale)
+        if self.shared is not None:
+            nn.init.normal_(self.shared.up.weight, std=std(config.hidden))
+            nn.init.normal_(self.shared.down.weight, std=std(config.shared_ffn) * residual_scale)
+        if isinstance(self.norm, nn.RMSNorm):
+            self.norm.reset_parameters()
+
+    def extra_repr(self) -> str:
+        """What distinguishes the layer in a printed model."""
+        config = self.config
+        return (
+            f"{config.hidden} hidden, {config.width} wide rows, {config.num_experts} experts of {config.ffn}, "
+            f"top-{config.top_k}, {type(self.dispatcher).__name__} on {self.dispatcher.ranks} ranks"
+        )
+
+
+def _check_routing(routing: Routing, tokens: int, config: MoEConfig) -> None:
+    expected, got = (tokens, config.num_experts), (routing.tokens, routing.num_experts)
+    if expected != got:
+        raise ValueError(
+            f"expected a routing of {expected[0]} tokens to {expected[1]} experts; got one of {got[0]} to {got[1]}"
+        )
+
+
+def _autocast(rows: Tensor) -> Tensor:
+    """Rows in the dtype of autocast, where that is on: the grouped product is not on its list."""
+    device = rows.device.type
+    return rows.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else rows

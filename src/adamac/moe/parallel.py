@@ -1,0 +1,141 @@
+"""Experts spread over ranks, everything else replicated or sharded over all of them.
+
+The ranks form a grid of ``data x expert``. A row of it holds all experts once, divided among its ranks; a column holds the same
+experts on each of its ranks. Every rank has tokens of its own, so that
+
+- what is not an expert's is on all ranks, and its gradient is the mean over all of them;
+- an expert's gradient on one rank is already the sum over its row, because the row's tokens came to it. The mean over
+  all ranks is therefore the sum over its *column*, divided by the number of *all* ranks. Dividing by the size of the column, as
+  data parallelism would if it was only told that group, makes the experts' gradients too large by the size of a row.
+
+:func:`shard` does that with FSDP2, :func:`average_gradients` with plain all-reduces for a model that is not sharded. The layers
+themselves take ``group=expert_group(mesh)`` when they are built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from adamac.moe.layer import MoE
+
+
+def expert_mesh(expert_ranks: int, device_type: str = "cpu") -> DeviceMesh:
+    """Arrange all ranks as a grid ``("data", "expert")``; the ranks of a row are neighbours.
+
+    Args:
+        expert_ranks: Ranks that one set of all experts is divided among.
+        device_type: ``"cpu"`` or ``"cuda"``.
+
+    Raises:
+        ValueError: If the ranks cannot be arranged so.
+    """
+    ranks = dist.get_world_size()
+    if expert_ranks < 1 or ranks % expert_ranks:
+        raise ValueError(f"expert_ranks must divide the number of ranks, {ranks}; got {expert_ranks}")
+    return init_device_mesh(
+        device_type, (ranks // expert_ranks, expert_ranks), mesh_dim_names=("data", "expert")
+    )
+
+
+def expert_group(mesh: DeviceMesh) -> dist.ProcessGroup:
+    """The ranks that this rank's layers send rows to."""
+    return mesh.get_group("expert")
+
+
+def shard(
+    model: nn.Module, mesh: DeviceMesh, *, blocks: tuple[type[nn.Module], ...] = (), **options: Any
+) -> nn.Module:
+    """Shard a model with FSDP2, in place: experts over the ``data`` axis, everything else over all ranks.
+
+    Args:
+        model: With layers that were built with ``group=expert_group(mesh)``.
+        mesh: Of :func:`expert_mesh`.
+        blocks: Kinds of module that are gathered as a whole for their forward pass; the model's blocks.
+        **options: Passed to every ``fully_shard``: ``mp_policy``, ``reshard_after_forward``, ``offload_policy``.
+
+    Returns:
+        The model.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    everyone = init_device_mesh(mesh.device_type, (mesh.size(),), mesh_dim_names=("all",))
+    # A column of one rank has nothing to shard, and FSDP2 would not divide there: its experts stay as they are.
+    whole: set[nn.Parameter] = set()
+    for layer in moe_layers(model):
+        if mesh["data"].size() == 1:
+            whole |= set(layer.experts.parameters())
+            continue
+        fully_shard(layer.experts, mesh=mesh["data"], **options)
+        layer.experts.set_gradient_divide_factor(mesh.size())  # ty: ignore[not-callable]
+        if mesh.device_type != "cuda":  # gloo cannot scale while it sums
+            layer.experts.set_force_sum_reduction_for_comms(True)  # ty: ignore[not-callable]
+    for parameter in whole:
+        parameter.register_hook(lambda gradient: gradient / mesh.size())
+    for module in list(model.modules()):
+        if module is not model and isinstance(module, blocks):
+            fully_shard(module, mesh=everyone, ignored_params=whole, **options)
+    fully_shard(model, mesh=everyone, ignored_params=whole, **options)
+    return model
+
+
+@torch.no_grad()
+def average_gradients(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Average the gradients of a model that is not sharded, after the backward; every loss is a rank's own mean.
+
+    Args:
+        model: With layers that were built with ``group=expert_group(mesh)``.
+        mesh: Of :func:`expert_mesh`.
+    """
+    column = mesh.get_group("data")
+    for parameter, is_expert in parameters_by_kind(model):
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        dist.all_reduce(parameter.grad, group=column if is_expert else None)
+        parameter.grad /= mesh.size()
+
+
+@torch.no_grad()
+def clip_gradients(model: nn.Module, mesh: DeviceMesh, max_norm: float) -> Tensor:
+    """Scale all gradients so that their norm over the whole model, each expert counted once, is at most ``max_norm``.
+
+    torch's own function refuses gradients of two meshes, and would count only this rank's experts.
+
+    Returns:
+        The norm before, a scalar.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=next(model.parameters()).device)
+    for parameter, is_expert in parameters_by_kind(model):
+        if parameter.grad is None:
+            continue
+        square = _local(parameter.grad).double().square().sum()
+        if parameter.grad is _local(parameter.grad):  # as many ranks hold it, as many will add it
+            square /= mesh["data"].size() if is_expert else mesh.size()
+        total += square
+    dist.all_reduce(total)
+    norm = total.sqrt()
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1)
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            _local(parameter.grad).mul_(scale)
+    return norm
+
+
+def moe_layers(model: nn.Module) -> Iterator[MoE]:
+    """The mixture-of-experts layers within a model."""
+    return (module for module in model.modules() if isinstance(module, MoE))
+
+
+def parameters_by_kind(model: nn.Module) -> Iterator[tuple[nn.Parameter, bool]]:
+    """All parameters, each with whether it is an expert's."""
+    experts = {id(parameter) for layer in moe_layers(model) for parameter in layer.experts.parameters()}
+    return ((parameter, id(parameter) in experts) for parameter in model.parameters())
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # ty: ignore[not-callable]

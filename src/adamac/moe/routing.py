@@ -1,0 +1,200 @@
+"""A routing: which experts each token goes to, and with what weight.
+
+A :class:`Router` makes it, a dispatcher moves rows by it, the experts never see it. The router always reads the full width of the
+model, also where the rows that travel are narrow: what is cheap to compute need not be narrow, and a choice made from more is
+better (BigMac, section 3). It computes in float32 whatever the dtype of the model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from adamac.moe.presets import MoEConfig
+from adamac.ops.precision import accurate
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Which experts each token goes to, and with what weight.
+
+    Attributes:
+        experts: ``[tokens, top_k]`` int64, distinct within a token.
+        weights: ``[tokens, top_k]`` float, what each expert's answer is multiplied by.
+        num_experts: How many experts there are on all ranks together.
+        dropped: ``[tokens, top_k]`` bool, the choices that an expert had no room for; ``None`` if none was dropped.
+        finite: A bool scalar, whether the router's logits were; ``None`` if nobody looked.
+    """
+
+    experts: Tensor
+    weights: Tensor
+    num_experts: int
+    dropped: Tensor | None = None
+    finite: Tensor | None = None
+
+    @classmethod
+    def even(
+        cls,
+        tokens: int,
+        top_k: int,
+        num_experts: int,
+        *,
+        seed: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Routing:
+        """Make a routing of sets at random that loads all experts alike: exactly, if ``num_experts`` divides ``tokens``.
+
+        For measurements: the load is even, but a token's experts lie on as many ranks as a random choice's do. Weights are
+        equal.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        blocks = -(-tokens // num_experts)
+        # In a block of as many tokens as experts, every slot of a token is one turn of the same random circle.
+        circle = torch.rand(blocks, num_experts, generator=generator).argsort(1)
+        turns = torch.rand(blocks, num_experts, generator=generator).topk(top_k, 1).indices
+        places = (torch.arange(num_experts)[:, None] + turns[:, None, :]) % num_experts
+        experts = circle.gather(1, places.flatten(1)).view(-1, top_k)[:tokens]
+        weights = torch.full((tokens, top_k), 1 / top_k, dtype=dtype, device=device)
+        return cls(experts.to(device), weights, num_experts)
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens are routed."""
+        return self.experts.shape[0]
+
+    @property
+    def top_k(self) -> int:
+        """How many experts a token takes."""
+        return self.experts.shape[1]
+
+    def load(self) -> Tensor:
+        """Count the tokens that each expert takes: ``[num_experts]`` int64, dropped ones left out."""
+        chosen = self.experts.flatten()
+        kept = torch.ones_like(chosen) if self.dropped is None else (~self.dropped).flatten().long()
+        return chosen.new_zeros(self.num_experts).scatter_add_(0, chosen, kept)
+
+    def detached(self) -> Routing:
+        """The same routing, held without what led to it."""
+        return replace(self, weights=self.weights.detach())
+
+    def part(self, start: int, end: int) -> Routing:
+        """The routing of some of the tokens."""
+        dropped = None if self.dropped is None else self.dropped[start:end]
+        return Routing(
+            self.experts[start:end], self.weights[start:end], self.num_experts, dropped, self.finite
+        )
+
+
+class Router(nn.Module):
+    """Chooses ``top_k`` experts for each token by a linear map of the full width.
+
+    The weight of an expert is its score: of a softmax over all experts, or its own sigmoid; scaled to add up to 1 over the
+    chosen if ``normalise``. With ``balance="bias"`` a bias per expert is added when choosing, and only then.
+    """
+
+    def __init__(
+        self, config: MoEConfig, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden, device=device, dtype=dtype))
+        self.bias: Tensor | None
+        self.load: Tensor | None
+        biased = config.balance == "bias"
+        self.register_buffer("bias", torch.zeros(config.num_experts, device=device) if biased else None)
+        # Tokens by expert since the last change of the bias; no part of a checkpoint.
+        held = torch.zeros(config.num_experts, device=device, dtype=torch.int64) if biased else None
+        self.register_buffer("load", held, persistent=False)
+
+    def forward(self, tokens: Tensor) -> tuple[Routing, dict[str, Tensor]]:
+        """Route tokens.
+
+        Args:
+            tokens: ``[tokens, hidden]``.
+
+        Returns:
+            The routing, and the losses by name, unweighted: ``"balance"`` (1 at an even load) and ``"z"``, those that the
+            configuration asks for; of this rank's tokens.
+        """
+        config = self.config
+        with torch.autocast(tokens.device.type, enabled=False):
+            logits = nn.functional.linear(accurate(tokens), accurate(self.weight).to(accurate(tokens).dtype))
+        scores = logits.softmax(-1) if config.score == "softmax" else logits.sigmoid()
+        experts = self._choose(scores)
+        weights = scores.gather(1, experts)
+        if config.normalise:
+            weights = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+        routing = Routing(
+            experts,
+            weights,
+            config.num_experts,
+            self._dropped(experts, weights),
+            logits.detach().isfinite().all(),
+        )
+        if self.load is not None and self.training and torch.is_grad_enabled():
+            self.load += routing.load()
+        return routing, self._losses(logits, scores, experts)
+
+    def rebalance(self, load: Tensor) -> None:
+        """Move the bias a step against the load: down for the experts with more than the mean, up for those with less.
+
+        Args:
+            load: ``[num_experts]``, tokens by expert over all ranks since the last step.
+        """
+        assert self.bias is not None, "only a router that balances by a bias is rebalanced"
+        load = load.to(self.bias.dtype)
+        self.bias += self.config.bias_rate * (load.mean() - load).sign()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
+        """Move or cast the router; the bias stays accurate, as its steps would vanish in half precision."""
+        super()._apply(fn, recurse)
+        if self.bias is not None:
+            self.bias = accurate(self.bias)
+        return self
+
+    def _choose(self, scores: Tensor) -> Tensor:
+        biased = scores.detach() if self.bias is None else scores.detach() + self.bias
+        return biased.topk(self.config.top_k, dim=-1).indices
+
+    def _dropped(self, experts: Tensor, weights: Tensor) -> Tensor | None:
+        if self.config.capacity is None or not len(experts):
+            return None
+        room = math.ceil(self.config.capacity * experts.numel() / self.config.num_experts)
+        return beyond_capacity(experts, weights.detach(), self.config.num_experts, room)
+
+    def _losses(self, logits: Tensor, scores: Tensor, experts: Tensor) -> dict[str, Tensor]:
+        losses, tokens = {}, max(1, len(experts))
+        if self.config.balance == "loss":
+            load = Routing(experts, scores, self.config.num_experts).load()
+            share = load.to(scores.dtype) / (tokens * self.config.top_k)
+            mass = (scores / scores.sum(-1, keepdim=True)).sum(0) / tokens
+            losses["balance"] = self.config.num_experts * (share * mass).sum()
+        if self.config.z_weight:
+            losses["z"] = logits.logsumexp(-1).square().sum() / tokens
+        return losses
+
+
+def beyond_capacity(experts: Tensor, weights: Tensor, num_experts: int, room: int) -> Tensor:
+    """Find the choices that an expert has no room for: those of least weight, and of equal ones the later tokens.
+
+    Args:
+        experts: ``[tokens, top_k]`` int64.
+        weights: ``[tokens, top_k]``.
+        num_experts: How many experts there are.
+        room: How many tokens an expert takes.
+
+    Returns:
+        ``[tokens, top_k]`` bool.
+    """
+    by_weight = weights.flatten().sort(descending=True, stable=True).indices
+    experts_sorted, within = experts.flatten()[by_weight].sort(stable=True)
+    order = by_weight[within]  # expert after expert, the heaviest first
+    bounds = torch.arange(num_experts, device=experts.device)
+    starts = torch.searchsorted(experts_sorted, bounds)
+    place = torch.arange(len(order), device=experts.device) - starts[experts_sorted]
+    return torch.empty_like(order, dtype=torch.bool).scatter_(0, order, place >= room).view_as(experts)

@@ -1,0 +1,98 @@
+"""One matrix product a group: rows that are sorted by group, each group with a matrix of its own (the experts of a layer).
+
+``torch`` is PyTorch's grouped matrix product, one kernel for all groups on a GPU; it takes float32, bfloat16 and float16 rows
+whose lengths are multiples of 16 bytes. ``reference`` is a loop over the groups that takes anything and says what is meant; it
+waits for the device, since it has to know how long each group is.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+GroupedImpl = Literal["auto", "torch", "reference"]
+
+# Rows and matrices are read in steps of this many bytes.
+_STEP = 16
+
+
+def grouped_mm(rows: Tensor, weights: Tensor, counts: Tensor, *, impl: GroupedImpl = "auto") -> Tensor:
+    """Multiply each group's rows by its matrix; differentiable in rows and weights.
+
+    Args:
+        rows: ``[n, width_in]``, the first ``counts[0]`` rows are group 0's, and so on.
+        weights: ``[groups, width_in, width_out]`` in the dtype of the rows.
+        counts: ``[groups]`` integers that add up to ``n``; 0 is an empty group.
+        impl: ``"torch"``, ``"reference"`` or ``"auto"``, which is ``"torch"`` where that works.
+
+    Returns:
+        ``[n, width_out]``.
+
+    Raises:
+        ValueError: If shapes or dtypes do not fit, or ``impl="torch"`` cannot run on these.
+    """
+    _check(rows, weights, counts)
+    if chosen(impl, rows, weights) == "torch":
+        ends = counts.cumsum(0, dtype=torch.int32)
+        return _ContiguousGradient.apply(torch.nn.functional.grouped_mm(rows, weights, offs=ends))
+    from adamac.ops.grouped_mm import reference
+
+    return reference.grouped_mm(rows, weights, counts)
+
+
+def chosen(impl: GroupedImpl, rows: Tensor, weights: Tensor) -> Literal["torch", "reference"]:
+    """Say which implementation will run.
+
+    Raises:
+        ValueError: If the name is unknown, or PyTorch's kernel is asked for where it cannot run.
+    """
+    if impl not in get_args(GroupedImpl):
+        raise ValueError(f"impl must be one of {', '.join(get_args(GroupedImpl))}; got {impl!r}")
+    if impl == "reference":
+        return "reference"
+    problem = torch_problem(rows, weights)
+    if impl == "torch" and problem is not None:
+        raise ValueError(f'impl="torch" cannot run: {problem}; use impl="auto"')
+    return "torch" if problem is None else "reference"
+
+
+def torch_problem(rows: Tensor, weights: Tensor) -> str | None:
+    """Say why PyTorch's grouped product cannot take these, or ``None`` if it can."""
+    if not hasattr(torch.nn.functional, "grouped_mm"):
+        return f"PyTorch {torch.__version__} has no grouped_mm"
+    if rows.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"it takes float32, bfloat16 and float16, not {rows.dtype}"
+    if torch.compiler.is_compiling() and rows.dtype != torch.bfloat16:
+        return f"compiled it takes bfloat16 alone, not {rows.dtype}"
+    if rows.device.type == "cuda" and torch.cuda.get_device_capability(rows.device) < (8, 0):
+        return "the GPU is older than compute capability 8.0 (Ampere)"
+    for width in weights.shape[1:]:
+        if width * rows.dtype.itemsize % _STEP:
+            return f"a row of {width} {rows.dtype} values is no multiple of {_STEP} bytes"
+    return None
+
+
+def _check(rows: Tensor, weights: Tensor, counts: Tensor) -> None:
+    if rows.ndim != 2 or weights.ndim != 3 or rows.shape[1] != weights.shape[1]:
+        raise ValueError(
+            "expected rows [n, width_in] and weights [groups, width_in, width_out]; "
+            f"got {tuple(rows.shape)} and {tuple(weights.shape)}"
+        )
+    if counts.shape != weights.shape[:1]:
+        raise ValueError(f"expected a count for each of {len(weights)} groups; got {tuple(counts.shape)}")
+    if rows.dtype != weights.dtype:
+        raise ValueError(f"rows are {rows.dtype} but weights are {weights.dtype}; cast one to the other")
+
+
+class _ContiguousGradient(torch.autograd.Function):
+    """Identity. PyTorch's backward refuses a gradient that was expanded (stride 0), such as that of a sum."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor) -> Tensor:
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0].contiguous()

@@ -1,0 +1,334 @@
+"""What the tests of expert parallelism run on each rank."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+
+import torch
+import torch.distributed as dist
+import torch.utils.checkpoint
+from torch import Tensor
+
+from adamac.moe import MoE, MoEConfig
+from adamac.moe.checkpoint import load_weights, save_weights
+from adamac.moe.dispatch import Dispatcher, Meter, choose
+from adamac.moe.parallel import average_gradients, clip_gradients, expert_group, expert_mesh, shard
+from adamac.moe.routing import Routing
+from adamac.moe.timing import STAGES, StageClock
+
+NAMES = ("all_to_all", "per_rank", "all_gather")
+EXPERTS, WIDTH = 8, 6
+
+
+def strict() -> None:
+    """Make memory that is never written show."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def routings(tokens: int, top_k: int) -> dict[str, Routing]:
+    """Routings of all tokens that are hard in different ways."""
+    generator = torch.Generator().manual_seed(tokens * 10 + top_k)
+    scores = torch.rand(tokens, EXPERTS, generator=generator)
+    weights = torch.rand(tokens, top_k, generator=generator, dtype=torch.float64)
+    even = (torch.arange(tokens)[:, None] * top_k + torch.arange(top_k)) % EXPERTS
+    skew = scores.clone()
+    skew[:, 3] = 2  # everybody wants one expert
+    idle = scores.clone()
+    idle[:, EXPERTS // 2 :] = -1  # the second half of the experts gets nothing while there are others
+
+    def best(scores: Tensor) -> Tensor:
+        return scores.topk(top_k).indices
+
+    dropped = torch.rand(tokens, top_k, generator=generator) < 0.4
+    found = {
+        "random": Routing(best(scores), weights, EXPERTS),
+        "even": Routing(even, weights, EXPERTS),
+        "skew": Routing(best(skew), weights, EXPERTS),
+        "dropped": Routing(best(scores), weights, EXPERTS, dropped),
+        "all dropped": Routing(best(scores), weights, EXPERTS, torch.ones_like(dropped)),
+    }
+    if top_k <= EXPERTS // 2:
+        found["idle ranks"] = Routing(best(idle), weights, EXPERTS)
+    return found
+
+
+def shares(tokens: int, ranks: int) -> dict[str, list[int]]:
+    """Ways to divide tokens among ranks: where each rank's begin and end."""
+    uneven = [0, *(tokens * (rank + 1) ** 2 // ranks**2 for rank in range(ranks))]
+    return {
+        "equal": [tokens * rank // ranks for rank in range(ranks + 1)],
+        "uneven": uneven,
+        "first has all": [0] + [tokens] * ranks,
+    }
+
+
+def dense_answer(rows: Tensor, matrices: Tensor, routing: Routing) -> Tensor:
+    """The answer to every token without sorting or sending anything: each row through all experts, most with weight 0."""
+    weights = routing.weights if routing.dropped is None else routing.weights * ~routing.dropped
+    by_expert = weights.new_zeros(routing.tokens, EXPERTS).scatter_add(1, routing.experts, weights)
+    return torch.einsum("te,tw,ewv->tv", by_expert, rows, matrices)
+
+
+def answer(dispatcher: Dispatcher, rows: Tensor, matrices: Tensor, routing: Routing, meter: Meter) -> Tensor:
+    """The same through a dispatcher, with this rank's experts."""
+    (sent,) = dispatcher.send(rows, routing, meter)
+    arrived, counts = sent.arrive()
+    parts = arrived.split(counts.tolist())
+    sent.reply(torch.cat([part @ matrix for part, matrix in zip(parts, matrices, strict=True)]))
+    return sent.collect()
+
+
+def worst_errors(rank: int, tokens: int) -> dict[str, float]:
+    """Largest error of outputs and gradients against :func:`dense_answer`, for every dispatcher, routing and division."""
+    strict()
+    errors = _worst_errors(rank, tokens, 3, routings(tokens, 3))
+    for top_k in (1, EXPERTS):
+        some = {kind: routings(tokens, top_k)[kind] for kind in ("random", "skew")}
+        errors |= _worst_errors(rank, tokens, top_k, some)
+    return errors
+
+
+def _worst_errors(rank: int, tokens: int, top_k: int, kinds: dict[str, Routing]) -> dict[str, float]:
+    group, ranks = dist.group.WORLD, dist.get_world_size()
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randn(tokens, WIDTH, generator=generator, dtype=torch.float64)
+    matrices = torch.randn(EXPERTS, WIDTH, WIDTH, generator=generator, dtype=torch.float64)
+    wanted = torch.randn(tokens, WIDTH, generator=generator, dtype=torch.float64)
+    own = slice(rank * EXPERTS // ranks, (rank + 1) * EXPERTS // ranks)
+    config = MoEConfig(hidden=WIDTH, num_experts=EXPERTS, top_k=top_k, ffn=1)
+    errors = {}
+    for kind, routing in kinds.items():
+        whole = [tensor.clone().requires_grad_() for tensor in (rows, matrices, routing.weights)]
+        expected = dense_answer(
+            whole[0], whole[1], Routing(routing.experts, whole[2], EXPERTS, routing.dropped)
+        )
+        gradients = torch.autograd.grad(expected, whole, wanted)
+        for name in NAMES:
+            for division, bounds in shares(tokens, ranks).items():
+                here = slice(bounds[rank], bounds[rank + 1])
+                part = routing.part(here.start, here.stop)
+                leaves = [t.clone().requires_grad_() for t in (rows[here], matrices[own], part.weights)]
+                routed = Routing(part.experts, leaves[2], EXPERTS, part.dropped)
+                output = answer(choose(name, config, group), leaves[0], leaves[1], routed, Meter())
+                found = [output, *torch.autograd.grad(output, leaves, wanted[here])]
+                right = [expected[here], gradients[0][here], gradients[1][own], gradients[2][here]]
+                error = max(_largest(a - b) for a, b in zip(found, right, strict=True))
+                errors[f"{name}, top-{top_k}, {kind}, {division}"] = error
+    return errors
+
+
+def _largest(difference: Tensor) -> float:
+    return float(difference.detach().abs().nan_to_num(nan=torch.inf).max()) if difference.numel() else 0.0
+
+
+def layer_errors(rank: int, cases: list[tuple[MoEConfig, str, int]]) -> list[float]:
+    """Largest error of a layer over all ranks against the same layer on one: outputs, gradients, losses."""
+    strict()
+    group, ranks = dist.group.WORLD, dist.get_world_size()
+    errors = []
+    for config, name, chunks in cases:
+        torch.manual_seed(7)
+        alone = MoE(config, dtype=torch.float64)
+        torch.manual_seed(7)
+        spread = MoE(config, name, group, chunks=chunks, dtype=torch.float64)
+        x = torch.randn(13, config.hidden, dtype=torch.float64)
+        wanted = torch.randn_like(x)
+        bounds = shares(13, ranks)["uneven"]
+        here = slice(bounds[rank], bounds[rank + 1])
+        whole, part = x.clone().requires_grad_(), x[here].clone().requires_grad_()
+        expected, output = alone(whole), spread(part)
+        expected.backward(wanted)
+        output.backward(wanted[here])
+        local = config.num_experts // ranks
+        pairs = [(output, expected[here]), (part.grad, whole.grad[here])]
+        for (path, found), right in zip(spread.named_parameters(), alone.parameters(), strict=True):
+            if path.startswith("experts."):
+                pairs.append((found.grad, right.grad[rank * local : (rank + 1) * local]))
+            else:
+                dist.all_reduce(found.grad)
+                pairs.append((found.grad, right.grad))
+        errors.append(max(_largest(a - b) for a, b in pairs))
+    return errors
+
+
+class Stack(torch.nn.Module):
+    """Two layers and something that is no layer."""
+
+    def __init__(self, config: MoEConfig, group: dist.ProcessGroup | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.first = MoE(config, "auto", group, dtype=dtype)
+        self.between = torch.nn.Linear(config.hidden, config.hidden, dtype=dtype)
+        self.second = MoE(config, "auto", group, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(x + self.between(self.first(x)))
+
+
+def gradient_errors(rank: int, config: MoEConfig, per_row: list[int]) -> dict[tuple[str, int, bool], float]:
+    """Error of gradients and of their norm on grids of ranks, against one rank that has the tokens of all."""
+    strict()
+    errors = {}
+    for expert_ranks, sharded in itertools.product(per_row, (False, True)):
+        gradients, norm = _gradient_errors(rank, config, expert_ranks, sharded)
+        errors |= {("gradient", expert_ranks, sharded): gradients, ("norm", expert_ranks, sharded): norm}
+    return errors
+
+
+def _gradient_errors(rank: int, config: MoEConfig, expert_ranks: int, sharded: bool) -> tuple[float, float]:
+    ranks, mesh = dist.get_world_size(), expert_mesh(expert_ranks)
+    torch.manual_seed(3)
+    alone = Stack(config, None, torch.float64)
+    torch.manual_seed(3)
+    spread = Stack(config, expert_group(mesh), torch.float64)
+    batches = torch.randn(ranks, 5, config.hidden, dtype=torch.float64)
+    sum(alone(batch).square().mean() / ranks for batch in batches).backward()
+    norm = torch.nn.utils.clip_grad_norm_(alone.parameters(), 0.5)
+    if sharded:
+        shard(spread, mesh, blocks=(MoE,))
+    spread(batches[rank]).square().mean().backward()
+    if not sharded:
+        average_gradients(spread, mesh)
+    clipped = clip_gradients(spread, mesh, 0.5)
+    return _worst_of(alone, spread, lambda p: p.grad), float(abs(clipped - norm))
+
+
+def _worst_of(alone: torch.nn.Module, spread: torch.nn.Module, what) -> float:
+    worst, right = 0.0, {name: what(p) for name, p in alone.named_parameters()}
+    with torch.no_grad():
+        for name, parameter in spread.named_parameters():
+            found, wanted = what(parameter), right[name]
+            found = found.full_tensor() if hasattr(found, "full_tensor") else found
+            if ".experts." in name:
+                layer = spread.get_submodule(name.split(".experts.")[0])
+                wanted = wanted[layer.experts.first :][: len(found)]
+            worst = max(worst, _largest(found - wanted))
+    return worst
+
+
+def write_weights(rank: int, config: MoEConfig, expert_ranks: int, path: str, sharded: bool) -> None:
+    mesh = expert_mesh(expert_ranks)
+    torch.manual_seed(5)
+    model = Stack(config, expert_group(mesh), torch.float32)
+    save_weights(shard(model, mesh) if sharded else model, path)
+
+
+def read_weights(rank: int, config: MoEConfig, expert_ranks: int, path: str, sharded: bool) -> float:
+    """Largest difference of what was read to the model that was written."""
+    mesh = expert_mesh(expert_ranks)
+    torch.manual_seed(5)
+    original = Stack(config, None, torch.float32)
+    model = Stack(config, expert_group(mesh), torch.float32)
+    load_weights(shard(model, mesh) if sharded else model, path)
+    return _worst_of(original, model, lambda p: p)
+
+
+def counted_bytes(
+    rank: int, config: MoEConfig, sets: list[tuple[int, ...]]
+) -> dict[tuple[str, bool], tuple[int, int]]:
+    """Payload and metadata that each dispatcher counted, forward alone and with the backward."""
+    counted = {}
+    for name in NAMES:
+        rows = torch.randn(len(sets), config.width, dtype=torch.float64, requires_grad=True)
+        weights = torch.rand(len(sets), config.top_k, dtype=torch.float64, requires_grad=True)
+        meter = Meter()
+        (sent,) = choose(name, config, dist.group.WORLD).send(
+            rows, Routing(torch.tensor(sets), weights, config.num_experts), meter
+        )
+        arrived, _ = sent.arrive()
+        sent.reply(2 * arrived)
+        output = sent.collect()
+        counted[name, False] = _bytes(meter)
+        output.sum().backward()
+        counted[name, True] = _bytes(meter)
+    return counted
+
+
+def _bytes(meter: Meter) -> tuple[int, int]:
+    return meter.traffic.bytes_sent(kind="payload"), meter.traffic.bytes_sent(kind="metadata")
+
+
+def refusals(rank: int) -> list[str]:
+    """What the layer says of input that only one rank sees, and of experts that cannot be divided."""
+    said = []
+    config = MoEConfig(hidden=8, num_experts=4, top_k=2, ffn=4)
+    for name in NAMES:
+        x = torch.randn(3, 8)
+        if rank == 1:
+            x[0, 0] = torch.nan
+        said.append(_refusal(lambda name=name, x=x: MoE(config, name, dist.group.WORLD)(x)))
+    odd = MoEConfig(hidden=8, num_experts=5, top_k=2, ffn=4)
+    said.append(_refusal(lambda: MoE(odd, "auto", dist.group.WORLD)))
+    said.append(_refusal(lambda: MoE(config, "local", dist.group.WORLD)))
+    said.append(_refusal(lambda: expert_mesh(3)))
+    said.append(
+        _refusal(lambda: save_weights(MoE(config, "auto", dist.group.WORLD), "/nowhere/weights.safetensors"))
+    )
+    return said
+
+
+def _refusal(function) -> str:
+    try:
+        function()
+    except (ValueError, OSError) as error:
+        return str(error)
+    return "nothing was refused"
+
+
+def fail(rank: int, how: str) -> int:
+    """Fail on rank 1 while the others wait for it."""
+    if rank == 1:
+        if how == "raises":
+            raise ZeroDivisionError("on purpose")
+        if how == "dies":
+            os._exit(7)
+        if how == "hangs":
+            time.sleep(1000)
+    dist.all_reduce(torch.ones(1))
+    return rank
+
+
+def ways_of_training(rank: int, config: MoEConfig) -> dict[str, float]:
+    """Largest difference of output and gradients between a plain pass and others that must equal it; then some facts."""
+    strict()
+    torch.manual_seed(2)
+    layer = MoE(config, "per_rank", dist.group.WORLD, dtype=torch.float64)
+    x = torch.randn(9, config.hidden, dtype=torch.float64)
+
+    def learned(forward) -> list[Tensor]:
+        layer.zero_grad()
+        leaf = x.clone().requires_grad_()
+        output = forward(leaf)
+        output.square().sum().backward()
+        return [output.detach(), leaf.grad, *(parameter.grad.clone() for parameter in layer.parameters())]
+
+    plain = learned(layer)
+    again = learned(lambda x: torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False))
+    with torch.no_grad():
+        quiet = layer(x)
+    layer.clock = StageClock()
+    layer(x)
+    return {
+        "recomputed": max(_largest(a - b) for a, b in zip(plain, again, strict=True)),
+        "without gradients": _largest(quiet - plain[0]),
+        "stages unseen": len(set(STAGES) - set(layer.clock.time_ms())),
+    }
+
+
+def in_half_precision(rank: int, config: MoEConfig) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """Output of each dispatcher in bfloat16, that of one rank in float64, and that of one rank in bfloat16."""
+    results = {}
+    for name in NAMES:
+        torch.manual_seed(2)
+        alone = MoE(config, dtype=torch.bfloat16)
+        torch.manual_seed(2)
+        layer = MoE(config, name, dist.group.WORLD, dtype=torch.bfloat16)
+        x = torch.randn(70, config.hidden, dtype=torch.bfloat16)
+        with torch.no_grad():
+            found, eager = layer(x), alone(x)
+            # The same choice, so that only what rows go through differs.
+            oracle = alone.double()
+            oracle.router.bfloat16()
+            results[name] = (found, oracle(x.double()), eager)
+    return results

@@ -1,0 +1,45 @@
+"""Claims about dispatchers: whatever is sent, the answer is that of one rank."""
+
+from __future__ import annotations
+
+import pytest
+from on_ranks import in_half_precision, layer_errors, ways_of_training, worst_errors
+
+from adamac.moe import preset
+from adamac.testing import assert_within_error_budget, run_ranks
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_any_number_of_ranks_equals_one(ranks):
+    for errors in run_ranks(worst_errors, ranks, 21):
+        assert max(errors.values()) < 1e-12, {case: e for case, e in errors.items() if not e < 1e-12}
+
+
+SMALL = {"hidden": 16, "num_experts": 8, "top_k": 3, "ratio": 0.5}
+CASES = [
+    (preset(shape, **SMALL), name, chunks)
+    for shape, chunks in (("fine_grained", 1), ("bigmac", 3), ("bigmac_stable", 1))
+    for name in ("all_to_all", "per_rank", "all_gather")
+] + [
+    (preset("bigmac", **SMALL, shared_ffn=8, gated=True, activation="silu"), "per_rank", 2),
+    (preset("bigmac", **SMALL, shared_ffn=8, z_weight=1e-3, balance="none"), "all_to_all", 1),
+    (preset("fine_grained", **SMALL), "auto", 1),
+]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_layer_on_several_ranks_equals_the_layer_on_one(ranks):
+    for errors in run_ranks(layer_errors, ranks, CASES):
+        assert max(errors) < 1e-12, [case for case, e in zip(CASES, errors, strict=True) if not e < 1e-12]
+
+
+def test_recomputing_and_not_training_change_nothing_and_every_stage_is_timed():
+    config = preset("bigmac", **SMALL, shared_ffn=8)
+    for found in run_ranks(ways_of_training, 2, config):
+        assert found == {"recomputed": 0, "without gradients": 0, "stages unseen": 0}
+
+
+def test_half_precision_errs_no_more_than_on_one_rank():
+    for results in run_ranks(in_half_precision, 2, preset("bigmac", **SMALL)):
+        for output, oracle, eager in results.values():
+            assert_within_error_budget(output, oracle, eager)

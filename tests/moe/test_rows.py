@@ -1,0 +1,104 @@
+"""Claims about moving rows to the order of experts and back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from adamac.moe import MoEConfig, Router, Routing
+from adamac.moe.rows import by_expert, gathered, spread
+from adamac.ops.launch import interpreted
+from adamac.testing import assert_within_error_budget
+
+# Some choices dropped, or none.
+CAPACITIES = pytest.mark.parametrize("capacity", [None, 0.7])
+
+
+def routed(
+    tokens: int, capacity: float | None, width: int = 16, top_k: int = 3
+) -> tuple[Routing, torch.Tensor]:
+    config = MoEConfig(hidden=width, num_experts=8, top_k=top_k, ffn=4, capacity=capacity)
+    made = Router(config, dtype=torch.float64)
+    torch.nn.init.normal_(made.weight)
+    x = torch.randn(tokens, width, dtype=torch.float64)
+    return made(x)[0].detached(), x
+
+
+@CAPACITIES
+def test_sorting_conserves_tokens(capacity):
+    routing, x = routed(40, capacity)
+    order, counts = by_expert(routing)
+    assert torch.equal(counts, routing.load())
+    rows = spread(x, order)
+    assert len(rows) == counts.sum()
+    copies = 3 if routing.dropped is None else (~routing.dropped).sum(1, keepdim=True)
+    torch.testing.assert_close(gathered(rows, order), copies * x, rtol=1e-12, atol=1e-12)
+    assert (routing.dropped is None) == (len(rows) == 40 * 3)
+
+
+def test_rows_lie_expert_by_expert_and_token_by_token():
+    routing, x = routed(40, None)
+    order, counts = by_expert(routing)
+    expected = [x[(routing.experts == expert).any(1)] for expert in range(8)]
+    assert [len(part) for part in expected] == counts.tolist()
+    assert torch.equal(spread(x, order), torch.cat(expected))
+
+
+@CAPACITIES
+def test_gradients_of_moving_rows_are_right(capacity):
+    routing, x = routed(7, capacity)
+    order, _ = by_expert(routing)
+    rows, weights = spread(x, order).requires_grad_(), routing.weights.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: spread(x, order), x.requires_grad_())
+    assert torch.autograd.gradcheck(lambda r, w: gathered(r, order, w), (rows, weights))
+    assert torch.autograd.gradcheck(lambda r: gathered(r, order), rows)
+
+
+@CAPACITIES
+@pytest.mark.parametrize(
+    ("tokens", "width", "top_k", "dtype"),
+    [
+        (63, 100, 3, torch.bfloat16),
+        (1, 1, 1, torch.float32),
+        (9, 1030, 8, torch.float32),
+        (0, 16, 3, torch.bfloat16),
+    ],
+)
+def test_the_kernel_errs_no_more_than_eager_torch(capacity, tokens, width, top_k, dtype, device):
+    if device.type == "cpu" and not interpreted():
+        pytest.skip("needs a GPU or Triton's interpreter")
+    routing, _ = routed(tokens, capacity, width, top_k)
+    order, _ = by_expert(
+        Routing(
+            routing.experts.to(device),
+            routing.weights,
+            8,
+            None if routing.dropped is None else routing.dropped.to(device),
+        )
+    )
+    x = torch.randn(tokens, width, dtype=dtype, device=device)
+    weights = routing.weights.float().to(device)
+    wanted = torch.randn(tokens, width, dtype=dtype, device=device)
+    results = {}
+    for name, impl, cast in (
+        ("triton", "triton", dtype),
+        ("eager", "torch", dtype),
+        ("oracle", "torch", torch.float64),
+    ):
+        leaves = [
+            x.to(cast).requires_grad_(),
+            weights.to(torch.promote_types(cast, torch.float32)).requires_grad_(),
+        ]
+        rows = spread(leaves[0], order, impl=impl)
+        out = gathered(rows, order, leaves[1], impl=impl)
+        plain = gathered(rows, order, impl=impl)
+        results[name] = [
+            out.detach(),
+            plain.detach(),
+            *torch.autograd.grad(out, (rows, leaves[1]), wanted.to(cast), retain_graph=True),
+        ]
+        results[name] += torch.autograd.grad(rows, leaves[0], results[name][2])
+    for found, oracle, eager in zip(results["triton"], results["oracle"], results["eager"], strict=True):
+        assert found.dtype == eager.dtype
+        if found.numel():
+            assert_within_error_budget(found, oracle, eager)
