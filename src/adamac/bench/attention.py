@@ -92,57 +92,78 @@ def compare(
     Yields:
         A row for each contender, with times in milliseconds; the sparse ones also with their stages.
     """
-    clock = Timer(device)
-    times, hosts = defaultdict(list), defaultdict(list)
+    times = Times(Timer(device))
     facts: dict[str, dict[str, Any]] = {}
-    others: dict[str, Callable[[], Any]] = {}
-
-    def take(name: str, call: Callable[[], Any], number: int) -> Any:
-        elapsed, host, result = clock.time(call)
-        if number:  # the first round warms up
-            times[name].append(elapsed)
-            hosts[name].append(host)
-        return result
-
     for number in range(rounds + 1):
         query, key, value = draw(shape, device, dtype, seed=number)
         if number == 0:
             dense = dense_names(query, key, value)
         for name in dense:
-            take(name, _dense(query, key, value, name), number)
+            times.take(name, _dense(query, key, value, name))
         former = method(drift(query, 0.1, number), drift(key, 0.1, number + 1), layout=shape.layout()).kept()
         for each in contenders:
             plan_call = _plan(each.method(method), query, key, shape, former)
-            plan = take(f"{each.name}, plan", plan_call, number)
+            plan = times.take(f"{each.name}, plan", plan_call)
             if number == 0:
                 check(query, key, value, plan, shape, each.impl)
-            take(f"{each.name}, attend", _attend(query, key, value, plan, each.impl), number)
+            times.take(f"{each.name}, attend", _attend(query, key, value, plan, each.impl))
             whole = _whole(plan_call, query, key, value, each.impl)
-            take(each.name, whole, number)
+            times.take(each.name, whole)
             if number == 0:
                 facts[each.name] = facts_of(each, plan, query, whole)
         if number == 0:
-            found = rivals(shape, query, key, value, former, {each.density for each in contenders})
-            for name, call in found.items():
-                if isinstance(call, str):
-                    yield {"arm": name, "refused": call}
-                else:
-                    others[name] = call
+            others = rivals(shape, query, key, value, former, {each.density for each in contenders})
+            yield from (
+                {"arm": name, "refused": call} for name, call in others.items() if isinstance(call, str)
+            )
         for name, call in others.items():
-            take(name, call, number)
-    fastest = min(dense, key=lambda name: median(times[name]))
-    for name, series in times.items():
-        ratios = [base / own for base, own in zip(times[fastest], series, strict=True)]
-        yield {
-            "arm": name,
+            if not isinstance(call, str):
+                times.take(name, call)
+    fastest = min(dense, key=times.median_ms)
+    for name in times.names():
+        yield {"arm": name} | times.row(name, fastest) | facts.get(name, {})
+
+
+class Times:
+    """What each contender took, call by call; its first call warms up and is not counted."""
+
+    def __init__(self, timer: Timer) -> None:
+        self._timer = timer
+        self._warm: set[str] = set()
+        self._device: dict[str, list[float]] = defaultdict(list)
+        self._host: dict[str, list[float]] = defaultdict(list)
+
+    def take(self, name: str, call: Callable[[], Any]) -> Any:
+        """Run a contender once and return what it gave."""
+        elapsed, host, result = self._timer.time(call)
+        if name in self._warm:
+            self._device[name].append(elapsed)
+            self._host[name].append(host)
+        self._warm.add(name)
+        return result
+
+    def names(self) -> list[str]:
+        """Who was timed, in order."""
+        return list(self._device)
+
+    def median_ms(self, name: str) -> float:
+        """Milliseconds on the device."""
+        return median(self._device[name])
+
+    def row(self, name: str, fastest: str) -> dict[str, Any]:
+        """A contender's times, and its speed-up over the fastest dense one, round by round."""
+        series = self._device[name]
+        spread = quantiles(series, n=5) if len(series) > 1 else series
+        ratios = [base / own for base, own in zip(self._device[fastest], series, strict=True)]
+        return {
             "time_ms": median(series),
-            "time_ms_p20": quantiles(series, n=5)[0] if len(series) > 1 else series[0],
-            "time_ms_p80": quantiles(series, n=5)[-1] if len(series) > 1 else series[0],
-            "host_ms": median(hosts[name]),
+            "time_ms_p20": spread[0],
+            "time_ms_p80": spread[-1],
+            "host_ms": median(self._host[name]),
             "rounds": len(series),
             "fastest_dense": fastest.removeprefix("dense "),
             "speedup": median(ratios),
-        } | facts.get(name, {})
+        }
 
 
 def rivals(
