@@ -7,10 +7,14 @@ BIN := $(VENV)/bin
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo yes)
 THREADS := $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo test check lint types imports bench docs clean
+.PHONY: demo moe test check lint types imports bench docs clean
 
 demo: $(VENV)/.runtime ## generate the demo videos with each arm and write out/demo/report/index.html
 	$(BIN)/adamac bakeoff --out out/demo --resume
+
+moe: $(VENV)/.runtime ## train a small BigMac on this machine and sample from it
+	$(BIN)/adamac moe train --out out/moe --resume
+	$(BIN)/adamac moe generate out/moe --prompt "Return the" --samples 3
 
 test: $(VENV)/.test ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(THREADS)
@@ -49,7 +53,7 @@ endif
 	touch $@
 
 $(VENV)/.runtime: $(VENV)/.torch pyproject.toml
-	$(BIN)/pip install -q -e '.[bakeoff]'
+	$(BIN)/pip install -q -e '.[bakeoff,moe]'
 	touch $@
 
 $(VENV)/.test: $(VENV)/.torch pyproject.toml

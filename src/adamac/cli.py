@@ -18,6 +18,8 @@ from tyro.conf import Positional, subcommand
 
 import adamac
 from adamac.bakeoff.errors import BadInput
+from adamac.cli_advise import Advise, advise
+from adamac.cli_moe import Moe, moe
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,8 @@ Command = (
     | Annotated[Report, subcommand("report")]
     | Annotated[Doctor, subcommand("doctor")]
     | Annotated[Bench, subcommand("bench")]
+    | Annotated[Moe, subcommand("moe")]
+    | Annotated[Advise, subcommand("advise")]
     | Annotated[Version, subcommand("version")]
 )
 
@@ -229,6 +233,8 @@ _RUN: dict[type, Callable[[Any, Console], int]] = {
     Report: report,
     Doctor: doctor,
     Bench: bench,
+    Moe: moe,
+    Advise: advise,
     Version: version,
 }
 

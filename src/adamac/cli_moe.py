@@ -1,0 +1,357 @@
+"""``adamac moe``: train a small language model with a mixture of experts, sample from it, export it.
+
+The dataclasses hold what a user may choose; what they mean is in :class:`adamac.moe.lm.recipe.Recipe`, whose defaults they
+repeat so that help answers without loading torch.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from tyro.conf import OmitArgPrefixes, Positional, subcommand
+
+from adamac.bakeoff.errors import BadInput
+
+if TYPE_CHECKING:
+    from adamac.moe.lm.corpus import Corpus
+    from adamac.moe.lm.recipe import Recipe
+    from adamac.moe.lm.train import Result, Row
+
+SAMPLE_TOKENS = 60
+
+
+@dataclass(frozen=True)
+class MoeTrain:
+    """Train a small GPT with experts in every layer; alone, or on several ranks under torchrun.
+
+    Without options: a tiny BigMac on text that every machine has, in about two minutes on two processor cores.
+
+    Attributes:
+        preset: vanilla, fine_grained, bigmac, bigmac_stable, latent_eff, latent_acc or k3.
+        data: Text files (.txt, .txt.xz), directories of them, or the data folder of another run. If not given: the
+            documentation of Python, its standard library and torch, as installed.
+        out: Directory for checkpoints, rows and prepared data.
+        resume: Go on with the run that is in the directory.
+        separator: What stands between two documents; if not given, paragraphs are gathered.
+        held_out: Share of documents that are held out.
+        vocab: Size of the vocabulary; 257 means plain bytes. Another run's data keep theirs, and their held-out share.
+        experts: Number of experts of the fine-grained baseline; vanilla has fewer, the latent shapes more.
+        top_k: Experts that a token takes, likewise of the baseline.
+        ratio: Narrow width as a share of the hidden width.
+        change: Fields of the expert layer that differ from the preset, as capacity=1.2 or gated=True.
+        layers: Blocks.
+        heads: Attention heads.
+        hidden: Width.
+        context: Tokens of a training window.
+        steps: Updates.
+        batch: Windows of an update, over all ranks.
+        micro_batch: Windows that a rank computes at once; its whole share if not given.
+        lr: Highest learning rate.
+        warmup: Steps in which it rises.
+        eval_every: Steps between evaluations on held-out documents.
+        eval_tokens: Held-out tokens of an evaluation at most.
+        save_every: Steps between checkpoints.
+        log_every: Steps between rows.
+        seed: Of weights and order.
+        expert_ranks: Among how many ranks the experts are divided.
+        device: "auto", "cpu", "cuda" or "cuda:1".
+        threads: Of a processor. Small models gain little from more than one, and lose much where cores are shared; the
+            result is the same to the bit for the same number.
+    """
+
+    preset: str = "bigmac_stable"
+    data: tuple[Path, ...] = ()
+    out: Path = Path("out/moe")
+    resume: bool = False
+    separator: str | None = None
+    held_out: float = 0.02
+    vocab: int = 4096
+    experts: int = 16
+    top_k: int = 4
+    ratio: float = 0.25
+    change: tuple[str, ...] = ()
+    layers: int = 2
+    heads: int = 4
+    hidden: int = 128
+    context: int = 128
+    steps: int = 900
+    batch: int = 8
+    micro_batch: int | None = None
+    lr: float = 6e-3
+    warmup: int = 50
+    eval_every: int = 300
+    eval_tokens: int = 50_000
+    save_every: int = 300
+    log_every: int = 1
+    seed: int = 0
+    expert_ranks: int = 1
+    device: str = "auto"
+    threads: int = 1
+
+
+@dataclass(frozen=True)
+class MoeGenerate:
+    """Continue prompts with a model that was trained here.
+
+    Attributes:
+        directory: What was given to train as --out, or one of its checkpoints.
+        prompt: One or more beginnings; an empty one, which is the default, begins a document.
+        tokens: How many tokens to add at most.
+        temperature: 0 takes the likeliest token, 1 samples from the model's distribution.
+        top_k: Sample from so many likeliest tokens; 0 from all.
+        samples: Continuations of each prompt.
+        seed: Of the first continuation; each further one has the next.
+        device: "auto", "cpu", "cuda" or "cuda:1".
+    """
+
+    directory: Positional[Path]
+    prompt: tuple[str, ...] = ("",)
+    tokens: int = 100
+    temperature: float = 0.7
+    top_k: int = 50
+    samples: int = 1
+    seed: int = 0
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class MoeExport:
+    """Write a trained model as a Hugging Face model, which AutoModelForCausalLM loads.
+
+    Attributes:
+        directory: What was given to train as --out, or one of its checkpoints.
+        to: Directory to write; empty or absent.
+    """
+
+    directory: Positional[Path]
+    to: Path
+
+
+@dataclass(frozen=True)
+class Moe:
+    """Small language models with a mixture of experts: train, generate, export."""
+
+    command: OmitArgPrefixes[
+        Annotated[MoeTrain, subcommand("train", prefix_name=False)]
+        | Annotated[MoeGenerate, subcommand("generate", prefix_name=False)]
+        | Annotated[MoeExport, subcommand("export", prefix_name=False)]
+    ]
+
+
+def moe(options: Moe, console: Console) -> int:
+    """Run one of the commands."""
+    with _one_line():
+        match options.command:
+            case MoeTrain():
+                return moe_train(options.command, console)
+            case MoeGenerate():
+                return moe_generate(options.command, console)
+            case MoeExport():
+                return moe_export(options.command, console)
+
+
+def moe_train(options: MoeTrain, console: Console) -> int:
+    """Train, then say what was reached and show a sample."""
+    import torch
+
+    from adamac.moe.lm.learner import Diverged
+    from adamac.moe.lm.train import train
+    from adamac.moe.lm.world import World
+
+    recipe = _recipe(options)
+    if options.threads < 1:
+        raise BadInput(f"threads must be at least 1, got {options.threads}")
+    torch.set_num_threads(options.threads)
+    world = World.join(options.device, options.expert_ranks)
+    console = console if world.first else Console(quiet=True)
+    try:
+        with _Watching(console) as watching:
+            result = train(recipe, options.out, resume=options.resume, world=world, watcher=watching)
+    except Diverged as error:
+        Console(stderr=True).print(f"adamac: {error}", markup=False, highlight=False, soft_wrap=True)
+        return 1
+    except KeyboardInterrupt:
+        console.print(f"broken off; go on with the same command and --resume: {options.out}", highlight=False)
+        return 130
+    finally:
+        world.leave()
+    if world.first:
+        _tell(result, options, console)
+    return 0
+
+
+def moe_generate(options: MoeGenerate, console: Console) -> int:
+    """Print continuations."""
+    if options.samples < 1:
+        raise BadInput(f"samples must be at least 1, got {options.samples}")
+    prompts = [prompt for prompt in options.prompt for _ in range(options.samples)]
+    texts = _continue(options, prompts)
+    for prompt, text in zip(prompts, texts, strict=True):
+        console.print(f"[bold]{_plain(prompt)}[/]{_plain(text)}", highlight=False, soft_wrap=True)
+        console.print()
+    return 0
+
+
+def moe_export(options: MoeExport, console: Console) -> int:
+    """Write the Hugging Face model."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from adamac.integrations.transformers.export import export
+
+    disable_progress_bar()
+    export(options.directory, options.to)
+    console.print(
+        f"{options.to} is written; load it with\n"
+        "  import adamac.integrations.transformers\n"
+        f"  transformers.AutoModelForCausalLM.from_pretrained({str(options.to)!r})",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return 0
+
+
+class _Watching:
+    """A bar with loss, speed and time left on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bar = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[now]}"),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=None, now="preparing text")
+        self._steps = self._first = 0
+        self._began = time.monotonic()
+
+    def __enter__(self) -> _Watching:
+        if not self._console.is_terminal:  # no bar to tell it
+            self._say("preparing text")
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._bar.stop()
+
+    def begins(self, recipe: Recipe, corpus: Corpus, parameters: int, done: int) -> None:
+        """Say what will be trained on what."""
+        self._steps, self._first, self._began = recipe.steps, done, time.monotonic()
+        self._bar.update(self._task, total=recipe.steps, completed=done, now="")
+        self._say(f"text: {', '.join(corpus.sources)}")
+        self._say(
+            f"{corpus.train.bytes / 1e6:.1f} MB to train on, {corpus.held_out.bytes / 1e6:.2f} MB held out, "
+            f"{corpus.vocab} tokens in the vocabulary"
+        )
+        self._say(f"{recipe.preset}: {parameters / 1e6:.1f} million parameters, {recipe.steps} steps")
+        if done:
+            self._say(f"{done} steps were done already")
+
+    def stepped(self, row: Row) -> None:
+        """Show a step."""
+        each = (time.monotonic() - self._began) / max(1, row.step - self._first)
+        left = (self._steps - row.step) * each
+        now = f"loss {row.loss:.2f}, {row.tokens_per_s:,.0f} tokens/s, {_duration(left)} left"
+        self._bar.update(self._task, completed=row.step, now=now)
+        if row.bits_per_byte is not None:
+            self._say(f"step {row.step}: {row.bits_per_byte:.3f} bits per byte of held-out text")
+        elif not self._console.is_terminal and row.step % max(1, self._steps // 20) == 0:
+            self._say(f"step {row.step}/{self._steps}: {now}")
+
+    def _say(self, line: str) -> None:
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _tell(result: Result, options: MoeTrain, console: Console) -> None:
+    """Say what was reached, show what the model writes, and how to have more of it."""
+    tokens = min(SAMPLE_TOKENS, options.context - 1)
+    text = _continue(MoeGenerate(options.out, tokens=tokens, device=options.device), [""])[0]
+    reached = (
+        f"{result.steps} steps in {_duration(result.time_s)}: [bold]{result.bits_per_byte:.3f}[/] bits per byte of "
+        f"held-out text; knowing only how often each token occurs gives {result.unigram_bits_per_byte:.3f}"
+    )
+    more = f"adamac moe generate {options.out} --prompt 'Return the'"
+    for line in (reached, f"a sample:\n[bold]{_plain(text)}[/]", f"more: {more}"):
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def _continue(options: MoeGenerate, prompts: list[str]) -> list[str]:
+    """Continuations of prompts, each with the next seed."""
+    import torch
+
+    from adamac.moe.lm.checkpoint import load_model, load_tokenizer
+    from adamac.moe.lm.generate import generate
+    from adamac.moe.lm.world import find_device
+
+    tokenizer = load_tokenizer(options.directory)
+    device = find_device(options.device)  # one process, also where several trained
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = load_model(options.directory, device, dtype)
+    added = generate(
+        model,
+        [[tokenizer.end, *ids] for ids in tokenizer.encode_all(prompts)],
+        tokens=options.tokens,
+        temperature=options.temperature,
+        top_k=options.top_k or None,
+        seeds=range(options.seed, options.seed + len(prompts)),
+        end=tokenizer.end,
+    )
+    return [tokenizer.decode(ids) for ids in added]
+
+
+def _recipe(options: MoeTrain) -> Recipe:
+    from adamac.moe.lm.recipe import Recipe
+
+    values: dict[str, Any] = {
+        name: value for name, value in vars(options).items() if name in Recipe.__dataclass_fields__
+    }
+    values["data"] = tuple(map(str, options.data))
+    values["num_experts"] = options.experts
+    values["moe"] = dict(_change(text) for text in options.change)
+    return Recipe(**values)
+
+
+def _change(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise BadInput(f"change must be name=value, got {text!r}")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+
+
+def _plain(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+@contextmanager
+def _one_line() -> Generator[None]:
+    """What :mod:`adamac.moe` refuses is the user's to mend."""
+    try:
+        yield
+    except BadInput:
+        raise
+    except ValueError as error:
+        rank = os.environ.get("RANK", "0")
+        raise BadInput(str(error) if rank == "0" else f"rank {rank}: {error}") from error
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in ("tokenizers", "safetensors", "transformers", "numpy"):
+            raise
+        raise BadInput(f"{error}; install it with pip install 'adamac[moe]'") from error

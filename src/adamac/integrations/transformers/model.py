@@ -1,0 +1,137 @@
+"""The language model as transformers sees it: the same modules, with its masks and its cache.
+
+Nothing is computed anew here. transformers' attention mask becomes a :class:`adamac.moe.lm.model.View`, its cache keeps
+keys and values, and logits come from the same :class:`adamac.moe.lm.model.GPT`; hence they are equal to ours.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from adamac.moe import Router, preset
+from adamac.moe.lm.model import GPT, GPTConfig, View
+
+
+class AdamacConfig(PretrainedConfig):
+    """A :class:`adamac.moe.lm.model.GPTConfig` with the names that transformers looks for.
+
+    Attributes:
+        gpt: The configuration as plain values.
+    """
+
+    model_type = "adamac"
+    keys_to_ignore_at_inference = ("past_key_values",)
+
+    def __init__(self, gpt: dict[str, Any] | None = None, **values: Any) -> None:
+        """Describe a model; without arguments, the smallest that transformers may ask for when it compares with defaults."""
+        config = _SMALLEST if gpt is None else GPTConfig.from_dict(gpt)
+        self.gpt = config.to_dict()
+        values |= {
+            "vocab_size": config.vocab,
+            "hidden_size": config.hidden,
+            "num_hidden_layers": config.layers,
+            "num_attention_heads": config.heads,
+            "max_position_embeddings": config.context,
+            "tie_word_embeddings": False,  # a tied model has no second matrix that could be tied
+        }
+        for name, value in values.items():
+            setattr(self, name, value)
+        super().__init__(**values)
+
+
+_SMALLEST = GPTConfig(vocab=2, layers=1, heads=1, hidden=4, context=1, moe=preset("bigmac", 4, 1, 1))
+
+
+class AdamacForCausalLM(PreTrainedModel, GenerationMixin):
+    """The language model.
+
+    Attributes:
+        gpt: The model that computes.
+    """
+
+    config_class = AdamacConfig
+    base_model_prefix = "gpt"
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+    _no_split_modules = ["Block"]  # noqa: RUF012  as transformers declares it
+
+    def __init__(self, config: AdamacConfig) -> None:
+        """Build it; where transformers builds on no device to load weights later, it ends on none."""
+        super().__init__(config)
+        place = torch.get_default_device()
+        with torch.device("cpu"):  # experts are drawn from seeds, which must be numbers
+            gpt = GPT(GPTConfig.from_dict(config.gpt))
+        self.gpt = gpt.to(place)
+        self.post_init()
+
+    def _init_weights(self, module: torch.nn.Module) -> None:
+        """Weights are drawn where they are made; only what no file holds is set."""
+        if isinstance(module, Router) and module.load is not None:
+            module.load.zero_()
+
+    def get_input_embeddings(self) -> torch.nn.Module:
+        """The matrix that token ids choose rows of."""
+        return self.gpt.embedding
+
+    def set_input_embeddings(self, value: torch.nn.Module) -> None:
+        """Replace it."""
+        self.gpt.embedding = value  # ty: ignore[invalid-assignment]
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **unused: Any,
+    ) -> CausalLMOutputWithPast:
+        """Compute logits, and the loss where labels are given.
+
+        Args:
+            input_ids: ``[batch, tokens]``.
+            attention_mask: ``[batch, tokens so far]``, 0 at padding.
+            position_ids: ``[batch, tokens]``; counted from the mask if not given.
+            past_key_values: Keys and values of earlier calls.
+            labels: ``[batch, tokens]``, like the ids, -100 where nothing is predicted; with auxiliary losses added in training.
+            use_cache: Whether keys and values are kept.
+            logits_to_keep: Logits of so many last tokens only, or of these; 0 of all.
+            **unused: What transformers also passes.
+        """
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache()
+        view = _view(input_ids, attention_mask, position_ids, past_key_values)
+        features = self.gpt.features(input_ids, view)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.gpt.logits(features[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.gpt.config.vocab)
+            if self.training:
+                loss = loss + torch.stack([moe.auxiliary_loss() for moe in self.gpt.moes]).sum()
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+
+
+def _view(ids: Tensor, attention_mask: Tensor | None, positions: Tensor | None, cache: Cache | None) -> View:
+    """What transformers' arguments say about the tokens."""
+    tokens = ids.shape[1]
+    past = 0 if cache is None else cache.get_seq_length()
+    if attention_mask is None:
+        attention_mask = torch.ones(len(ids), past + tokens, device=ids.device, dtype=torch.bool)
+    valid = attention_mask.bool()
+    if positions is None:
+        positions = (valid.cumsum(-1) - 1).clamp_min(0)[:, past:]
+    columns = torch.arange(past + tokens, device=ids.device)
+    new = columns[past:, None]
+    # Padding reads itself: a row that reads nothing would be NaN.
+    mask = ((columns <= new) & valid[:, None]) | (columns == new)
+    keep = None if cache is None else lambda layer, key, value: cache.update(key, value, layer)
+    return View(positions, mask[:, None], valid[:, past:], keep)

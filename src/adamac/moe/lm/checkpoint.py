@@ -1,0 +1,173 @@
+"""Checkpoints: whole or absent, and readable without running anything.
+
+A checkpoint is a folder of ``config.json`` (the model's shape), ``model.safetensors``, ``optimizer.safetensors`` and
+``state.json`` (step, tokens, seconds). It is written beside its place, forced to the disk, and renamed; only then are older
+ones removed. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from adamac.moe.lm.model import GPT, GPTConfig
+from adamac.moe.lm.tokenizer import Tokenizer
+
+KEPT = 2
+"""Checkpoints that stay: one to go on from, and one before it."""
+
+
+def write_checkpoint(
+    root: Path,
+    step: int,
+    config: GPTConfig,
+    weights: Mapping[str, Tensor],
+    optimizer: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+) -> Path:
+    """Write a checkpoint and remove all but the newest ones.
+
+    Args:
+        root: Where the checkpoints of a run are.
+        step: Steps done.
+        config: Shape of the model.
+        weights: By name.
+        optimizer: By name.
+        state: Plain values.
+
+    Returns:
+        The folder.
+    """
+    folder = root / f"step-{step:08d}"
+    part = root / f"{folder.name}.part"
+    shutil.rmtree(part, ignore_errors=True)  # what a kill left
+    part.mkdir(parents=True)
+    for name, tensors in (("model", weights), ("optimizer", optimizer)):
+        save_file(
+            {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()},
+            part / f"{name}.safetensors",
+        )
+    (part / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
+    (part / "state.json").write_text(json.dumps({"step": step, **state}) + "\n", encoding="utf-8")
+    for file in part.iterdir():
+        _force(file)
+    shutil.rmtree(folder, ignore_errors=True)
+    part.rename(folder)
+    _force(root)
+    for old in _folders(root)[:-KEPT]:
+        shutil.rmtree(old)
+    return folder
+
+
+def latest_checkpoint(root: Path) -> Path | None:
+    """Find the newest whole checkpoint; ``None`` if there is none."""
+    folders = _folders(root)
+    return folders[-1] if folders else None
+
+
+def read_config(folder: Path) -> GPTConfig:
+    """Read the shape of a checkpoint's model.
+
+    Raises:
+        ValueError: If it cannot be read.
+    """
+    return GPTConfig.from_dict(read_json(folder / "config.json"))
+
+
+def read_tensors(file: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """Read a safetensors file.
+
+    Raises:
+        ValueError: If it is missing or damaged.
+    """
+    try:
+        return load_file(file, device=str(device))
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"cannot read {file}: {error}") from None
+
+
+def load_weights(model: torch.nn.Module, weights: Mapping[str, Tensor], source: Path) -> None:
+    """Copy weights into a model.
+
+    Raises:
+        ValueError: If they are another model's, naming the first difference.
+    """
+    own = model.state_dict()
+    for name in sorted(own.keys() | weights.keys()):
+        expected = tuple(own[name].shape) if name in own else "nothing"
+        got = tuple(weights[name].shape) if name in weights else "nothing"
+        if expected != got:
+            raise ValueError(f"{source} is of another model: {name} expected {expected}, got {got}")
+    model.load_state_dict(dict(weights))
+
+
+def load_model(
+    directory: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> GPT:
+    """Load the model of a run or of one of its checkpoints, on one rank, ready to be used.
+
+    Experts take all tokens that choose them: a capacity is for training.
+
+    Raises:
+        ValueError: If there is no whole checkpoint.
+    """
+    folder = (
+        directory
+        if (directory / "model.safetensors").is_file()
+        else latest_checkpoint(directory / "checkpoints")
+    )
+    if folder is None:
+        raise ValueError(
+            f"{directory} holds no checkpoint; train one with adamac moe train --out {directory}"
+        )
+    model = GPT(read_config(folder).dropless())
+    load_weights(model, read_tensors(folder / "model.safetensors"), folder)
+    return model.to(device, dtype).eval()
+
+
+def load_tokenizer(directory: Path) -> Tokenizer:
+    """Load the tokenizer of a run, given the run or one of its checkpoints.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    beside = (directory, directory.parent.parent)  # a checkpoint is two levels down
+    files = [folder / "tokenizer.json" for folder in beside if (folder / "tokenizer.json").is_file()]
+    if not files:
+        raise ValueError(
+            f"{directory} holds no tokenizer: expected a directory given to adamac moe train as --out"
+        )
+    return Tokenizer.load(files[0])
+
+
+def read_json(file: Path) -> Any:
+    """Read JSON.
+
+    Raises:
+        ValueError: If the file is missing or no JSON.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {file}: {error}") from None
+
+
+def _folders(root: Path) -> list[Path]:
+    return sorted(path for path in root.glob("step-*") if path.suffix != ".part")
+
+
+def _force(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

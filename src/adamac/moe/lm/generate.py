@@ -1,0 +1,124 @@
+"""Sampling: several prompts of different lengths at once, a token a step, keys and values kept.
+
+Every prompt draws its random numbers from a seed of its own before anything is computed, so that what it becomes does not depend
+on which prompts it shares a batch with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from adamac.moe.lm.cache import Cache
+from adamac.moe.lm.model import GPT
+
+
+@torch.inference_mode()
+def generate(
+    model: GPT,
+    prompts: Sequence[Sequence[int]],
+    *,
+    tokens: int,
+    temperature: float = 0.7,
+    top_k: int | None = 50,
+    seeds: Sequence[int] | None = None,
+    end: int | None = None,
+) -> list[list[int]]:
+    """Continue prompts.
+
+    Args:
+        model: On any device; computes in the dtype of its weights.
+        prompts: Token ids of each, at least one.
+        tokens: How many to add at most.
+        temperature: 0 takes the likeliest token; 1 samples from the model's distribution.
+        top_k: Sample from so many likeliest tokens only; ``None`` from all.
+        seeds: One for each prompt; ``None`` is 0, 1, 2, ...
+        end: Id at which a text ends; it is not part of the result. ``None``: none ends.
+
+    Returns:
+        What was added to each prompt.
+
+    Raises:
+        ValueError: If an argument is out of range or a prompt and its continuation exceed the context.
+    """
+    seeds = range(len(prompts)) if seeds is None else seeds
+    _check(model, prompts, tokens, temperature, top_k, seeds)
+    was_training = model.training
+    model.eval()
+    weight = model.embedding.weight
+    device, longest = weight.device, max(map(len, prompts))
+    padding = [longest - len(prompt) for prompt in prompts]
+    ids = torch.tensor(
+        [[0] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)], device=device
+    )
+    draws = torch.stack([_draws(seed, tokens) for seed in seeds]).to(device)
+    cache = Cache(model.config, padding, longest + tokens, device, weight.dtype)
+    added: list[Tensor] = []
+    ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    for step in range(tokens):
+        features = model.features(ids, cache.advance(ids.shape[1]))
+        chosen = choose(model.logits(features[:, -1]), draws[:, step], temperature, top_k)
+        added.append(chosen)
+        if end is not None:
+            ended |= chosen == end
+            if ended.all():
+                break
+        ids = chosen[:, None]
+    model.train(was_training)
+    return [_until(row, end) for row in torch.stack(added, 1).tolist()]
+
+
+def choose(logits: Tensor, draws: Tensor, temperature: float, top_k: int | None) -> Tensor:
+    """Choose a token from each row of logits.
+
+    Args:
+        logits: ``[batch, vocab]``.
+        draws: ``[batch]`` float64 in [0, 1), which part of the distribution each row takes.
+        temperature: As in :func:`generate`.
+        top_k: As in :func:`generate`.
+
+    Returns:
+        ``[batch]`` int64.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    best, ids = logits.double().topk(min(top_k or logits.shape[-1], logits.shape[-1]), dim=-1)
+    shares = (best / temperature).softmax(-1).cumsum(-1)
+    place = (shares <= draws[:, None] * shares[:, -1:]).sum(-1, keepdim=True)
+    return ids.gather(1, place.clamp_max(ids.shape[1] - 1)).squeeze(1)
+
+
+def _draws(seed: int, count: int) -> Tensor:
+    return torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def _until(ids: list[int], end: int | None) -> list[int]:
+    return ids[: ids.index(end)] if end in ids else ids
+
+
+def _check(
+    model: GPT,
+    prompts: Sequence[Sequence[int]],
+    tokens: int,
+    temperature: float,
+    top_k: int | None,
+    seeds: Sequence[int],
+) -> None:
+    if not prompts or not all(prompts):
+        raise ValueError("expected at least one prompt, and at least one token in each")
+    if len(seeds) != len(prompts):
+        raise ValueError(f"expected a seed for each of {len(prompts)} prompts, got {len(seeds)}")
+    if tokens < 1:
+        raise ValueError(f"tokens must be at least 1, got {tokens}")
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature must be at least 0, got {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1, got {top_k}")
+    longest = max(map(len, prompts))
+    if longest + tokens > model.config.context:
+        raise ValueError(
+            f"a prompt of {longest} tokens and {tokens} more exceed the model's context of {model.config.context}; "
+            f"ask for at most {max(0, model.config.context - longest)}"
+        )

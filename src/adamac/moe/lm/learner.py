@@ -1,0 +1,247 @@
+"""A model and its optimizer on the ranks of a run: one update, and the state that must outlive the process.
+
+AdamW with weight decay on matrices only, gradients accumulated over pieces of a batch, added over ranks and clipped by
+their norm. An update is refused before it touches a weight if loss or gradient is not finite.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from adamac.moe.layer import MoE
+from adamac.moe.lm.checkpoint import load_weights
+from adamac.moe.lm.corpus import Order
+from adamac.moe.lm.model import GPT, GPTConfig
+from adamac.moe.lm.recipe import Recipe
+from adamac.moe.lm.world import World
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+EXPERTS = ".moe.experts."
+"""Part of the names of parameters that ranks divide."""
+
+
+class Diverged(ArithmeticError):
+    """A loss or a gradient was not finite: the run stopped before the weights were touched."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one update found.
+
+    Attributes:
+        loss: Mean cross-entropy of its tokens in nats.
+        losses: Auxiliary losses before their weights, mean over layers.
+        lr: Learning rate.
+        gradient_norm: Before clipping.
+        imbalance: Tokens of the busiest expert over the mean, mean over layers; 1 is even.
+        bytes_sent: What all ranks sent each other for the sake of experts, forward and backward.
+    """
+
+    loss: float
+    losses: dict[str, float]
+    lr: float
+    gradient_norm: float
+    imbalance: float
+    bytes_sent: int
+
+
+class Learner:
+    """A model that is being trained, on this rank."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        config: GPTConfig,
+        world: World,
+        dtype: torch.dtype = torch.float32,
+        amp: bool = False,
+    ) -> None:
+        """Build and initialise model and optimizer.
+
+        Args:
+            recipe: How to train.
+            config: What to train.
+            world: The ranks.
+            dtype: Of weights and moments.
+            amp: Compute in bfloat16 where that is safe.
+
+        Raises:
+            ValueError: If the batch cannot be shared by the ranks.
+        """
+        self.recipe, self.world, self.amp = recipe, world, amp
+        self.micro_batch, self.pieces = shares(recipe, world.size)
+        torch.manual_seed(recipe.seed)
+        self.model = GPT(config, group=world.experts).to(world.device, dtype)
+        named = dict(self.model.named_parameters())
+        self.shared = {name: value for name, value in named.items() if EXPERTS not in name}
+        self.experts = {name: value for name, value in named.items() if EXPERTS in name}
+        self.optimizer = _adamw(named.values(), recipe, world.device)
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the whole model has, all ranks' experts together."""
+        ranks = 1 if self.world.experts is None else torch.distributed.get_world_size(self.world.experts)
+        count = sum(value.numel() for value in self.shared.values())
+        return count + ranks * sum(value.numel() for value in self.experts.values())
+
+    def autocast(self) -> torch.autocast:
+        """The context that the model computes in."""
+        return torch.autocast(self.world.device.type, dtype=torch.bfloat16, enabled=self.amp)
+
+    def update(self, step: int, order: Order) -> Update:
+        """Update the weights with batch number ``step``.
+
+        Raises:
+            Diverged: If the loss or the gradient is not finite; the weights are then as before.
+        """
+        recipe = self.recipe
+        # Nothing draws random numbers in a step today; what will, must not depend on the steps before.
+        torch.manual_seed((recipe.seed * 1_000_003 + step) * self.world.size + self.world.rank)
+        self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        names, sums, loads = self._backward(step, order)
+        reduced = self.world.add(torch.cat((sums, loads.flatten())))
+        sums, loads = reduced[: len(sums)], reduced[len(sums) :].view_as(loads)
+        norm = self._reduce()
+        loss, *losses, bytes_sent, gradient_norm = torch.cat((sums, norm[None])).tolist()
+        if not math.isfinite(loss) or not math.isfinite(gradient_norm):
+            raise Diverged(f"step {step + 1} has loss {loss} and gradient norm {gradient_norm}")
+        lr = recipe.learning_rate(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        for moe in self.model.moes:
+            moe.rebalance()
+        imbalance = (loads.amax(1) / loads.mean(1).clamp_min(1)).mean().item()
+        named = dict(zip(names, losses, strict=True))
+        return Update(loss, named, lr, gradient_norm, imbalance, int(bytes_sent))
+
+    def _backward(self, step: int, order: Order) -> tuple[list[str], Tensor, Tensor]:
+        """Compute gradients of this rank's share.
+
+        Returns:
+            Names of the auxiliary losses; ``[1 + losses + 1]`` float64, the loss and those, this rank's part of the mean,
+            and the bytes that it sent; and ``[layers, num_experts]`` float64, its tokens by expert.
+        """
+        world, moes = self.world, self.model.moes
+        share = 1 / (self.pieces * world.size)
+        sums, loads, names, bytes_sent = [], [], [], 0
+        for piece in range(self.pieces):
+            first = step * self.recipe.batch + (piece * world.size + world.rank) * self.micro_batch
+            inputs, targets = (part.to(world.device) for part in order.batch(first, self.micro_batch))
+            loss = self._loss(inputs, targets, step)
+            auxiliary = torch.stack([moe.auxiliary_loss() for moe in moes]).sum()
+            ((loss + auxiliary) * share).backward()
+            means = _mean_losses(moes)
+            names = list(means)
+            sums.append(torch.stack([loss.detach(), *means.values()]).double() * share)
+            loads.append(torch.stack([_load(moe) for moe in moes]))
+            bytes_sent += sum(moe.traffic.bytes_sent() for moe in moes)
+        sent = torch.tensor([bytes_sent], device=world.device, dtype=torch.float64)
+        return names, torch.cat((torch.stack(sums).sum(0), sent)), torch.stack(loads).sum(0).double()
+
+    def _loss(self, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
+        try:
+            with self.autocast():
+                logits = self.model(inputs)
+        except ValueError as error:  # the router refuses what is not finite before it reaches the loss
+            raise Diverged(f"step {step + 1}: {error}") from error
+        wide = logits if logits.dtype == torch.float64 else logits.float()
+        return functional.cross_entropy(wide.flatten(0, 1), targets.flatten())
+
+    def _reduce(self) -> Tensor:
+        """Add gradients over ranks, clip them, and give their norm before that."""
+        for value in (*self.shared.values(), *self.experts.values()):
+            if value.grad is None:  # an expert that got no token: the other ranks still wait for it
+                value.grad = torch.zeros_like(value)
+        shared = [value.grad for value in self.shared.values() if value.grad is not None]
+        experts = [value.grad for value in self.experts.values() if value.grad is not None]
+        self.world.add_gradients(shared, experts)
+        norm = self.world.norm(shared, experts)
+        scale = (self.recipe.clip / norm.clamp_min(1e-30)).clamp_max(1.0)
+        torch._foreach_mul_(shared + experts, scale.to(shared[0].dtype))
+        return norm
+
+    def weights(self) -> dict[str, Tensor]:
+        """Every weight and buffer of the whole model by name; on every rank, which all must call."""
+        return {name: self._whole(name, value) for name, value in self.model.state_dict().items()}
+
+    def moments(self) -> dict[str, Tensor]:
+        """Adam's state of the whole model by name; on every rank, which all must call."""
+        found = {}
+        for name, value in (self.shared | self.experts).items():
+            state = self.optimizer.state[value]
+            found |= {f"{name}.{moment}": self._whole(name, state[moment]) for moment in MOMENTS}
+            found[f"{name}.step"] = state["step"]
+        return found
+
+    def restore(self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], source: Any) -> None:
+        """Take up the state that :meth:`weights` and :meth:`moments` gave, on as many ranks as there are now.
+
+        Raises:
+            ValueError: If it is another model's.
+        """
+        load_weights(self.model, {name: self._own(name, value) for name, value in weights.items()}, source)
+        for name, value in (self.shared | self.experts).items():
+            try:
+                state = {moment: self._own(name, moments[f"{name}.{moment}"]) for moment in MOMENTS}
+                state["step"] = moments[f"{name}.step"]
+            except KeyError as error:
+                raise ValueError(f"{source} lacks {error} of the optimizer") from None
+            place = self.world.device if self.optimizer.defaults["fused"] else "cpu"
+            self.optimizer.state[value] = {
+                key: tensor.to(place if key == "step" else self.world.device).clone()
+                for key, tensor in state.items()
+            }
+
+    def _whole(self, name: str, value: Tensor) -> Tensor:
+        return self.world.gather_experts(value) if EXPERTS in name else value
+
+    def _own(self, name: str, value: Tensor) -> Tensor:
+        return self.world.own_experts(value) if EXPERTS in name else value
+
+
+def shares(recipe: Recipe, ranks: int) -> tuple[int, int]:
+    """Divide a batch.
+
+    Returns:
+        Windows that a rank computes at once, and how many times it does.
+
+    Raises:
+        ValueError: If it cannot be divided evenly.
+    """
+    if recipe.batch % ranks:
+        raise ValueError(f"batch must be a multiple of the {ranks} ranks, got {recipe.batch}")
+    share = recipe.batch // ranks
+    micro_batch = min(recipe.micro_batch or share, share)
+    if share % micro_batch:
+        raise ValueError(f"micro_batch must divide a rank's {share} windows of a batch, got {micro_batch}")
+    return micro_batch, share // micro_batch
+
+
+def _adamw(parameters: Any, recipe: Recipe, device: torch.device) -> torch.optim.AdamW:
+    parameters = list(parameters)
+    groups = [
+        {"params": [value for value in parameters if value.ndim >= 2], "weight_decay": recipe.weight_decay},
+        {"params": [value for value in parameters if value.ndim < 2], "weight_decay": 0.0},
+    ]
+    fused = device.type == "cuda"
+    return torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, fused=fused)
+
+
+def _mean_losses(moes: list[MoE]) -> dict[str, Tensor]:
+    """Each auxiliary loss, mean over layers."""
+    return {name: torch.stack([moe.losses[name].detach() for moe in moes]).mean() for name in moes[0].losses}
+
+
+def _load(moe: MoE) -> Tensor:
+    """Tokens by expert of the last forward, ``[num_experts]``."""
+    assert moe.routing is not None, "no forward yet"
+    return moe.routing.load()

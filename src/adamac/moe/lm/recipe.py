@@ -1,0 +1,143 @@
+"""A recipe: everything that decides what a training run computes, as one frozen value that is kept with the run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from adamac.moe.lm.model import GPTConfig
+from adamac.moe.presets import preset
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What to train, on what and how.
+
+    The defaults are a model that learns something in about two minutes on two processor cores.
+
+    Attributes:
+        data: Text files and directories, or one prepared corpus; none is the built-in corpus.
+        separator: What stands between documents; ``None`` gathers paragraphs.
+        held_out: Share of documents that is held out.
+        vocab: Size of the vocabulary; 257 means plain bytes.
+        preset: Name of the shape of the experts.
+        num_experts: Of the fine-grained baseline, as in :func:`adamac.moe.presets.preset`.
+        top_k: Likewise.
+        ratio: Likewise.
+        moe: Fields of :class:`adamac.moe.presets.MoEConfig` that differ from the preset.
+        layers: Blocks.
+        heads: Attention heads.
+        hidden: Width.
+        context: Tokens of a training window, and the most that the model reads.
+        tied: Whether the output reads with the embedding's matrix.
+        steps: Updates.
+        batch: Windows of an update, over all ranks.
+        micro_batch: Windows that a rank computes at once; ``None`` is its whole share.
+        lr: Highest learning rate.
+        final_lr: Share of it that is left at the end.
+        warmup: Steps in which it rises.
+        weight_decay: Of matrices.
+        betas: Of Adam.
+        eps: Of Adam.
+        clip: Largest norm of a gradient.
+        eval_every: Steps between evaluations; there is one at the end anyway.
+        eval_tokens: Held-out tokens of an evaluation at most.
+        save_every: Steps between checkpoints; there is one at the end anyway.
+        log_every: Steps between rows.
+        seed: Of the initial weights and the order of windows.
+    """
+
+    data: tuple[str, ...] = ()
+    separator: str | None = None
+    held_out: float = 0.02
+    vocab: int = 4096
+    preset: str = "bigmac_stable"
+    num_experts: int = 16
+    top_k: int = 4
+    ratio: float = 0.25
+    moe: dict[str, Any] = field(default_factory=dict)
+    layers: int = 2
+    heads: int = 4
+    hidden: int = 128
+    context: int = 128
+    tied: bool = True
+    steps: int = 900
+    batch: int = 8
+    micro_batch: int | None = None
+    lr: float = 6e-3
+    final_lr: float = 0.1
+    warmup: int = 50
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    clip: float = 1.0
+    eval_every: int = 300
+    eval_tokens: int = 50_000
+    save_every: int = 300
+    log_every: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the numbers that nothing else checks."""
+        for name in ("steps", "batch", "eval_every", "eval_tokens", "save_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.micro_batch is not None and not 1 <= self.micro_batch <= self.batch:
+            raise ValueError(f"micro_batch must be 1 to batch ({self.batch}), got {self.micro_batch}")
+        for name in ("lr", "eps", "clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be over 0, got {getattr(self, name)}")
+        for name in ("warmup", "weight_decay", "final_lr"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        self.model(self.vocab)
+
+    def model(self, vocab: int) -> GPTConfig:
+        """Shape of the model for a vocabulary as large as the corpus gave."""
+        experts = preset(self.preset, self.hidden, self.num_experts, self.top_k, self.ratio, **self.moe)
+        return GPTConfig(
+            vocab=vocab,
+            layers=self.layers,
+            heads=self.heads,
+            hidden=self.hidden,
+            context=self.context,
+            moe=experts,
+            tied=self.tied,
+        )
+
+    def learning_rate(self, step: int) -> float:
+        """Rate of update number ``step``, counted from 0: a linear rise, then half a cosine."""
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        done = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.lr * (
+            self.final_lr + (1 - self.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain values, for JSON."""
+        values = asdict(self)
+        return values | {"data": list(self.data), "betas": list(self.betas)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Recipe:
+        """Read :meth:`to_dict`'s result.
+
+        Raises:
+            ValueError: If something is missing or unknown.
+        """
+        try:
+            read: dict[str, Any] = {**values, "data": tuple(values["data"]), "betas": tuple(values["betas"])}
+            return cls(**read)
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"not a recipe: {error}") from None
+
+    def differences(self, other: Recipe) -> list[str]:
+        """What differs from another recipe, in words."""
+        names = (item.name for item in fields(self))
+        return [
+            f"{name} {getattr(other, name)!r} (now {getattr(self, name)!r})"
+            for name in names
+            if getattr(self, name) != getattr(other, name)
+        ]

@@ -1,0 +1,102 @@
+"""Checkpoints are whole or refused."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from babble import tiny_recipe
+
+from adamac.moe.lm.checkpoint import KEPT, latest_checkpoint, load_model, load_tokenizer
+from adamac.moe.lm.evaluate import bits_per_byte
+from adamac.moe.lm.train import train
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, corpus):
+
+    directory = tmp_path_factory.mktemp("runs") / "run"
+    result = train(tiny_recipe(corpus, moe={"capacity": 1.2}), directory)
+    return directory, result
+
+
+def test_the_newest_two_stay(run):
+    directory, _ = run
+    folders = sorted(path.name for path in (directory / "checkpoints").iterdir())
+    assert folders == ["step-00000004", "step-00000006"]
+    assert len(folders) == KEPT
+
+
+def test_a_run_or_a_checkpoint_can_be_loaded(run, corpus):
+    directory, _ = run
+    folder = latest_checkpoint(directory / "checkpoints")
+    one, other = load_model(directory), load_model(folder)
+    ids = torch.randint(corpus.vocab, (2, 8))
+    assert torch.equal(one(ids), other(ids))
+    assert one.config.moe.capacity is None
+    assert load_tokenizer(directory).vocab == load_tokenizer(folder).vocab == corpus.vocab
+
+
+def test_evaluation_does_not_depend_on_the_batch(run, corpus):
+    model = load_model(run[0]).double()
+    one, other = (bits_per_byte(model, corpus, tokens=300, batch=batch) for batch in (1, 7))
+    assert one == pytest.approx(other, rel=1e-12)
+
+
+def test_bits_per_byte_is_the_length_of_the_code(run, corpus):
+    model = load_model(run[0]).double()
+    context = model.config.context
+    ids = torch.tensor(corpus.held_out_tokens[: 3 * context + 1].astype("int64"))
+    bits = size = 0.0
+    for start in range(0, 3 * context, context):
+        shares = model(ids[None, start : start + context])[0].log_softmax(-1)
+        targets = ids[start + 1 : start + context + 1]
+        bits -= shares.gather(1, targets[:, None]).sum().item() / torch.tensor(2.0).double().log().item()
+        size += len(corpus.tokenizer.decode(targets.tolist()).encode())
+    assert bits_per_byte(model, corpus, tokens=3 * context, batch=2) == pytest.approx(bits / size, rel=1e-9)
+
+
+def test_what_a_kill_left_is_not_taken_for_a_checkpoint(run, tmp_path):
+    directory = tmp_path / "run"
+    shutil.copytree(run[0], directory)
+    (directory / "checkpoints" / "step-00000008.part").mkdir()
+    assert latest_checkpoint(directory / "checkpoints").name == "step-00000006"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "problem"),
+    [
+        ("model.safetensors", b"\x08", "cannot read .*model.safetensors"),
+        ("config.json", b"{", "cannot read .*config.json"),
+        ("config.json", b"{}", "not a model configuration"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused(run, tmp_path, file, content, problem):
+    shutil.copytree(latest_checkpoint(run[0] / "checkpoints"), tmp_path / "step")
+    (tmp_path / "step" / file).write_bytes(content)
+    with pytest.raises(ValueError, match=problem):
+        load_model(tmp_path / "step")
+
+
+def test_a_truncated_checkpoint_is_refused(run, tmp_path):
+    shutil.copytree(latest_checkpoint(run[0] / "checkpoints"), tmp_path / "step")
+    file = tmp_path / "step" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"cannot read .*model\.safetensors"):
+        load_model(tmp_path / "step")
+
+
+def test_a_checkpoint_of_another_shape_is_refused(run, tmp_path):
+    shutil.copytree(latest_checkpoint(run[0] / "checkpoints"), tmp_path / "step")
+    config = tmp_path / "step" / "config.json"
+    config.write_text(config.read_text().replace('"layers": 2', '"layers": 3'))
+    with pytest.raises(ValueError, match=r"of another model: blocks\.2\..* expected .*, got nothing"):
+        load_model(tmp_path / "step")
+
+
+def test_where_nothing_was_trained_nothing_is_loaded(tmp_path):
+    with pytest.raises(ValueError, match="holds no checkpoint"):
+        load_model(tmp_path)
+    with pytest.raises(ValueError, match="holds no tokenizer"):
+        load_tokenizer(tmp_path)

@@ -1,0 +1,110 @@
+"""``adamac moe``: what is typed and what is said."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import pytest
+
+from adamac import cli
+from adamac.cli_moe import MoeTrain
+from adamac.moe.lm.recipe import Recipe
+
+TINY = [
+    "--layers",
+    "1",
+    "--heads",
+    "2",
+    "--hidden",
+    "16",
+    "--context",
+    "16",
+    "--experts",
+    "4",
+    "--top-k",
+    "2",
+]
+TINY += ["--batch", "4", "--steps", "4", "--eval-every", "2", "--vocab", "300", "--held-out", "0.2"]
+
+
+@pytest.fixture
+def trained(tmp_path, monkeypatch, text):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["moe", "train", "--data", str(text), "--separator", "=====", *TINY]
+    assert cli.main(arguments) == 0
+    return arguments
+
+
+def test_train_generate_export(capsys, trained, tmp_path):
+    said = " ".join(capsys.readouterr().out.split())
+    for part in (
+        "bits per byte of held-out text",
+        "knowing only how often each token occurs",
+        "a sample:",
+    ):
+        assert part in said
+    assert "adamac moe generate out/moe" in said
+    assert cli.main(["moe", "generate", "out/moe", "--prompt", "[the] owl", "fish", "--tokens", "5"]) == 0
+    said = capsys.readouterr().out
+    assert "[the] owl" in said
+    assert "fish" in said
+    assert cli.main(["moe", "export", "out/moe", "--to", "hf"]) == 0
+    assert "AutoModelForCausalLM.from_pretrained('hf')" in capsys.readouterr().out
+    assert (tmp_path / "hf" / "model.safetensors").exists()
+
+
+def test_a_run_is_resumed_or_left_alone(trained, capsys):
+    assert cli.main(trained) == 2
+    assert "out/moe holds a run already; go on with it by --resume" in capsys.readouterr().err
+    assert cli.main([*trained, "--resume"]) == 0
+    assert "4 steps were done already" in capsys.readouterr().out
+    assert cli.main([*trained, "--resume", "--lr", "0.1"]) == 2
+    assert "was begun with lr 0.006 (now 0.1)" in " ".join(capsys.readouterr().err.split())
+
+
+def test_options_are_the_recipes_with_the_same_defaults():
+    default = Recipe()
+    for option in fields(MoeTrain):
+        name = {"experts": "num_experts"}.get(option.name, option.name)
+        if name in Recipe.__dataclass_fields__:
+            assert getattr(default, name) == option.default, name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["train", "--preset", "dense"], "preset must be one of vanilla, "),
+        (["train", "--data", "nowhere"], "cannot read nowhere: no such file"),
+        (["train", "--data", "empty"], "empty holds no text"),
+        (["train", "--data", "torn.txt.xz"], "cannot read torn.txt.xz"),
+        (["train", "--data", "few.txt"], "too little text"),
+        (["train", "--out", "full"], "full is not empty and holds no run"),
+        (["train", "--change", "capacity"], "change must be name=value"),
+        (["train", "--change", "capacty=1"], "no field capacty"),
+        (["train", "--change", "capacity=0"], "capacity must be above 0"),
+        (["train", "--top-k", "99"], "top_k is 99"),
+        (["train", "--experts", "5", "--expert-ranks", "2"], "expert_ranks must divide the 1 ranks"),
+        (["train", "--threads", "0"], "threads must be at least 1"),
+        (["train", "--steps", "0"], "steps must be at least 1"),
+        (["train", "--vocab", "9", "--data", "few.txt"], "vocab must be at least 257"),
+        (["train", "--device", "abacus"], "no device 'abacus'"),
+        (["generate", "full"], "holds no tokenizer"),
+        (["generate", "full", "--samples", "0"], "samples must be at least 1"),
+        (["export", "full", "--to", "hf"], "holds no checkpoint"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2_and_changes_nothing(
+    tmp_path, monkeypatch, capsys, arguments, problem
+):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("empty", "full"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "full" / "thesis.md").write_text("years of work")
+    (tmp_path / "few.txt").write_text("one document")
+    (tmp_path / "torn.txt.xz").write_bytes(b"\xfd7zXZ")
+    before = sorted(tmp_path.rglob("*"))
+    assert cli.main(["moe", *arguments]) == 2
+    said = capsys.readouterr()
+    assert problem in said.err
+    assert len(said.err.strip().splitlines()) == 1
+    assert sorted(tmp_path.rglob("*")) == before

@@ -1,0 +1,213 @@
+"""Training: it learns, a kill costs nothing, and what goes wrong is said."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from babble import tiny_recipe
+
+from adamac.moe.lm import corpus as preparing
+from adamac.moe.lm import learner as learning
+from adamac.moe.lm.checkpoint import latest_checkpoint, load_model, read_tensors
+from adamac.moe.lm.corpus import is_corpus
+from adamac.moe.lm.learner import Diverged
+from adamac.moe.lm.recipe import Recipe
+from adamac.moe.lm.train import read_rows, train
+
+PROGRAM = """
+import sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from adamac.moe.lm.checkpoint import read_json
+from adamac.moe.lm.recipe import Recipe
+from adamac.moe.lm.train import train
+train(Recipe.from_dict(read_json(Path(sys.argv[1]))), Path(sys.argv[2]), resume=True)
+"""
+
+
+def facts(directory: Path) -> list[dict]:
+    """Rows without what a clock says."""
+    timed = {"time_s", "tokens_per_s"}
+    return [{key: value for key, value in row.items() if key not in timed} for row in read_rows(directory)]
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    folder = latest_checkpoint(directory / "checkpoints")
+    return read_tensors(folder / "model.safetensors") | read_tensors(folder / "optimizer.safetensors")
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("preset", ["bigmac", "bigmac_stable", "fine_grained"])
+def test_it_learns(corpus, tmp_path, preset):
+    recipe = tiny_recipe(corpus, preset=preset, steps=60, batch=8, lr=1e-2, eval_every=60, hidden=32)
+    result = train(recipe, tmp_path / "run")
+    assert result.bits_per_byte < 0.9 * result.unigram_bits_per_byte
+    assert result.steps == 60
+
+
+def test_a_killed_run_equals_one_that_was_not(corpus, tmp_path):
+    recipe = tiny_recipe(corpus, preset="bigmac_stable", steps=40, save_every=5, eval_every=10)
+    train(recipe, tmp_path / "whole")
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe.to_dict()))
+    killed = tmp_path / "killed"
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path / "recipe.json"), str(killed)]
+    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    while (
+        process.poll() is None
+        and (latest_checkpoint(killed / "checkpoints") or killed).name < "step-00000015"
+    ):
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the run was faster than the killer"
+    train(recipe, killed, resume=True)
+    assert facts(killed) == facts(tmp_path / "whole")
+    assert same(weights(killed), weights(tmp_path / "whole"))
+
+
+def test_a_kill_while_text_is_prepared_costs_nothing(text, corpus, tmp_path, monkeypatch):
+    recipe = tiny_recipe(corpus, data=(str(text),), separator="=====", held_out=0.2, vocab=300)
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(preparing, "_write", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, tmp_path / "run")
+    assert not is_corpus(tmp_path / "run" / "data")
+    assert train(recipe, tmp_path / "run", resume=True).steps == recipe.steps
+
+
+def test_accumulating_changes_nothing_but_rounding(corpus, tmp_path):
+    recipe = tiny_recipe(corpus, moe={"balance": "none"})
+    for name, micro_batch in (("whole", None), ("pieces", 1)):
+        train(replace(recipe, micro_batch=micro_batch), tmp_path / name, dtype=torch.float64)
+    whole, pieces = weights(tmp_path / "whole"), weights(tmp_path / "pieces")
+    for name in whole:
+        torch.testing.assert_close(pieces[name], whole[name], atol=1e-12, rtol=1e-9)
+
+
+def test_it_learns_in_bfloat16_too(corpus, tmp_path):
+    recipe = tiny_recipe(corpus, preset="k3", ratio=0.5, hidden=28, steps=20, lr=1e-2)
+    whole = train(recipe, tmp_path / "whole")
+    half = train(recipe, tmp_path / "half", amp=True)
+    assert half.bits_per_byte < half.unigram_bits_per_byte * 1.1
+    assert half.bits_per_byte != whole.bits_per_byte
+    assert all(tensor.dtype != torch.bfloat16 for tensor in weights(tmp_path / "half").values())
+
+
+def test_rows_say_what_happened(recipe, tmp_path):
+    train(recipe, tmp_path / "run")
+    rows = read_rows(tmp_path / "run")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert [row["tokens"] for row in rows] == [64 * step for step in range(1, 7)]
+    assert [row["bits_per_byte"] is not None for row in rows] == [False, False, True, False, False, True]
+    assert all(1 <= row["imbalance"] <= recipe.num_experts for row in rows)
+    assert all(row["losses"]["balance"] >= 0 for row in rows)
+    assert rows[0]["time_s"] < rows[-1]["time_s"]
+
+
+def test_the_learning_rate_rises_and_falls():
+    recipe = Recipe(steps=110, warmup=10, lr=1.0, final_lr=0.1)
+    rates = [recipe.learning_rate(step) for step in range(111)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == rates[10] == 1.0
+    assert rates[60] == pytest.approx(0.55)
+    assert rates[110] == pytest.approx(0.1)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_another_run_is_not_overwritten(recipe, tmp_path):
+    train(recipe, tmp_path / "run")
+    before = weights(tmp_path / "run")
+    with pytest.raises(ValueError, match="holds a run already"):
+        train(recipe, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"was begun with lr 0.006 \(now 0.1\)"):
+        train(replace(recipe, lr=0.1), tmp_path / "run", resume=True)
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.txt").touch()
+    with pytest.raises(ValueError, match="is not empty and holds no run"):
+        train(recipe, tmp_path / "thesis")
+    assert same(before, weights(tmp_path / "run"))
+
+
+def test_a_finished_run_is_only_evaluated_again(recipe, tmp_path):
+    first = train(recipe, tmp_path / "run")
+    again = train(recipe, tmp_path / "run", resume=True)
+    assert (again.bits_per_byte, again.steps) == (first.bits_per_byte, first.steps)
+
+
+def test_a_run_that_cannot_begin_leaves_nothing_behind(recipe, tmp_path):
+    (tmp_path / "few.txt").write_text("one document")
+    for data, problem in (
+        (str(tmp_path / "nowhere"), "no such file"),
+        (str(tmp_path / "few.txt"), "too little text"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            train(replace(recipe, data=(data,)), tmp_path / "run")
+    with pytest.raises(ValueError, match="do not fill a context"):
+        train(replace(recipe, context=4096), tmp_path / "run")
+    with pytest.raises(ValueError, match="micro_batch must divide"):
+        train(replace(recipe, micro_batch=3), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(recipe, tmp_path, monkeypatch):
+    def poisoned(learner, inputs, targets, step, own=learning.Learner._loss):
+        return own(learner, inputs, targets, step) * (math.nan if step == 4 else 1.0)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(learning.Learner, "_loss", poisoned)
+        with pytest.raises(Diverged, match=r"step 5 has loss nan .*step-00000004; try a lower learning rate"):
+            train(recipe, tmp_path / "run")
+    assert all(parameter.isfinite().all() for parameter in load_model(tmp_path / "run").parameters())
+    assert train(recipe, tmp_path / "run", resume=True).steps == recipe.steps
+
+
+def test_a_router_that_meets_nan_stops_the_run(recipe, tmp_path, monkeypatch):
+    def poison(learner, step, order, own=learning.Learner.update):
+        with torch.no_grad():
+            learner.model.embedding.weight[:] = math.nan
+        return own(learner, step, order)
+
+    monkeypatch.setattr(learning.Learner, "update", poison)
+    with pytest.raises(Diverged, match=r"step 1: the router's logits .* there is no checkpoint yet"):
+        train(recipe, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"lr": math.nan}, "lr must be over 0"),
+        ({"micro_batch": 99}, "micro_batch must be 1 to batch"),
+        ({"preset": "dense"}, "preset must be one of"),
+        ({"moe": {"capacty": 1}}, "no field capacty"),
+        ({"top_k": 99}, "top_k is 99"),
+        ({"ratio": 0.3}, "whole number"),
+        ({"heads": 3}, "multiple of twice the heads"),
+    ],
+)
+def test_a_recipe_that_cannot_be_computed_is_refused(changes, problem):
+    with pytest.raises(ValueError, match=problem):
+        Recipe(**changes)
+
+
+def test_a_recipe_survives_json(recipe):
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+    with pytest.raises(ValueError, match="not a recipe"):
+        Recipe.from_dict({"data": [], "betas": [], "stpes": 3})
