@@ -261,7 +261,7 @@ def draw_stages(attention: Rows, path: Path) -> None:
         left = [a + b for a, b in zip(left, shares, strict=True)]
     axes.set(xlabel="time at 15 %, compensated, % of the fastest dense kernel")
     axes.invert_yaxis()
-    axes.legend(frameon=False, fontsize=8, ncols=4)
+    axes.legend(frameon=False, fontsize=8, ncols=2, loc="lower right")
     save(figure, path)
 
 
