@@ -1,0 +1,85 @@
+"""What a rank computes, piece by piece: with ``collectives`` all that a cost model of a layer is fitted from.
+
+``project`` is the plain product that descends, ``experts`` the two grouped products with the activation between, ``spread`` the
+copy of rows to their experts' places, ``gathered`` the weighted sum back. Forward passes; routing is balanced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from adamac.moe import preset
+from adamac.moe.experts import Experts
+from adamac.moe.rows import by_expert, gathered, spread
+
+from .arms import make_layer
+from .cases import PRESETS, KernelsCase, LayerCase
+from .crew import Crew
+from .inputs import make
+from .turns import figures, turns
+
+_INNER = 8
+
+
+def run(case: KernelsCase, crew: Crew) -> None:
+    """Time the pieces of both presets at a shape, and hand out a row for each."""
+    common = {"benchmark": "moe_kernels", **asdict(case), "dtype": str(crew.dtype).removeprefix("torch.")}
+    for name in PRESETS:
+        made, problem = crew.attempt(lambda name=name: _pieces(case, name, crew))
+        if problem is not None:
+            crew.row(common | {"preset": name, "status": "error", "reason": problem})
+            continue
+        steps, costs = made
+        with torch.no_grad():
+            for step in steps.values():
+                step()
+            times = turns(steps, crew, case.budget_s / len(PRESETS), inner=_INNER)
+        for kernel, times_ms in times.items():
+            found = figures(times_ms)
+            rates = {"tflop_per_s": costs[kernel]["flops"] / found["p50_ms"] / 1e9}
+            rates["gb_per_s"] = costs[kernel]["bytes"] / found["p50_ms"] / 1e6
+            crew.row(
+                common | {"preset": name, "kernel": kernel, "status": "ok", **costs[kernel], **found, **rates}
+            )
+
+
+def _pieces(
+    case: KernelsCase, preset_name: str, crew: Crew
+) -> tuple[dict[str, Callable[[], Any]], dict[str, dict[str, float]]]:
+    """The steps, and what each must at least compute and move."""
+    config = preset(preset_name, case.hidden, case.num_experts, case.top_k, case.ratio)
+    layer_case = LayerCase(case.hidden, case.top_k, case.ratio, case.tokens, num_experts=case.num_experts)
+    inputs = make(layer_case, crew.rank, crew.device, crew.dtype)
+    layer = make_layer(layer_case, preset_name, inputs.router, None, crew.dtype)
+    experts: Experts = layer.experts
+    with torch.no_grad():
+        routing, _ = layer.router(inputs.x)
+        narrow = layer.descend(inputs.x).contiguous()
+        order, counts = by_expert(routing)
+        rows = spread(narrow, order)
+    size, width, copies = crew.dtype.itemsize, config.width, len(rows)
+    weights = sum(weight.nbytes for weight in experts.parameters())
+    steps: dict[str, Callable[[], Any]] = {
+        "experts": lambda: experts(rows, counts),
+        "spread": lambda: spread(narrow, order),
+        "gathered": lambda: gathered(rows, order, routing.weights),
+    }
+    costs = {
+        "experts": {
+            "flops": 2 * copies * config.matrices * width * config.ffn,
+            "bytes": 2 * copies * (width + config.ffn) * size + weights,
+        },
+        "spread": {"flops": 0, "bytes": (len(narrow) + copies) * width * size},
+        "gathered": {"flops": 2 * copies * width, "bytes": (len(narrow) + copies) * width * size},
+    }
+    if config.latent is not None:
+        steps["project"] = lambda: layer.descend(inputs.x)
+        costs["project"] = {
+            "flops": 2 * case.tokens * case.hidden * width,
+            "bytes": (case.tokens * (case.hidden + width) + case.hidden * width) * size,
+        }
+    return steps, costs

@@ -1,0 +1,263 @@
+"""Whole models with random weights: steps of training, prefill and decoding.
+
+A *training step* is one optimiser step of AdamW in bfloat16 on 16,384 tokens of each rank, in four micro-batches, gradients added over
+the ranks once: the paper's half a million tokens on 32 GPUs. *Prefill* reads a prompt; a *decoding step* adds a token to
+every text of a batch, keys and values kept. Every rank has texts of its own. Routing is what random weights make of random
+tokens, close to even.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from adamac.moe import PAPER_MODELS, preset
+from adamac.moe.dispatch import choose
+from adamac.moe.lm.cache import Cache
+from adamac.moe.lm.model import GPT, GPTConfig
+from adamac.moe.lm.world import World
+from adamac.moe.presets import PaperModel
+
+from .arms import dispatchers, name_of
+from .cases import BASELINE, COPY_PER_EXPERT, PRESETS, ModelCase
+from .crew import Crew
+from .turns import figures, turns
+
+Row = dict[str, Any]
+
+_TINY = PaperModel(64, 2, 4, context=64, vocabulary=256)
+_TINY_EXPERTS, _EXPERTS = 8, 64
+# Texts of a micro-batch and micro-batches of a step.
+_TEXTS, _PIECES = 2, 4
+_DECODE_STEPS = 64
+# Texts that are decoded at once on each rank.
+_BATCHES = (1, 16)
+
+
+@dataclass(frozen=True)
+class _Arm:
+    preset: str
+    dispatcher: str
+    model: GPT
+    crew: Crew
+
+    @property
+    def name(self) -> str:
+        return name_of(self.preset, self.dispatcher)
+
+    def take(self) -> GPT:
+        """The model, sending its rows this arm's way."""
+        for moe in self.model.moes:
+            moe.dispatcher = choose(self.dispatcher, moe.config, self.crew.group)
+        return self.model
+
+
+def run(case: ModelCase, crew: Crew) -> None:
+    """Measure a case and hand out a row for each arm and kind of work."""
+    common: Row = {"benchmark": "moe_model", "model": case.model, "top_k": case.top_k, "random_weights": True}
+    common["dtype"] = str(crew.dtype).removeprefix("torch.")
+    arms, problem = crew.attempt(lambda: _arms(case, crew))
+    if problem is not None:
+        crew.row(common | {"work": case.work, "arm": "all", "status": "error", "reason": problem})
+        return
+    (_train if case.work == "train" else _serve)(case, crew, common, arms)
+
+
+def _paper(case: ModelCase) -> PaperModel:
+    return _TINY if case.model == "tiny" else PAPER_MODELS[case.model]
+
+
+def _arms(case: ModelCase, crew: Crew) -> list[_Arm]:
+    paper = _paper(case)
+    names = [name for name in dispatchers(crew.ranks) if name == "local" or name in case.dispatchers]
+    arms = []
+    for preset_name in PRESETS:
+        experts = _TINY_EXPERTS if case.model == "tiny" else _EXPERTS
+        config = GPTConfig(
+            vocab=paper.vocabulary,
+            layers=paper.layers,
+            heads=paper.heads,
+            hidden=paper.hidden,
+            context=paper.context,
+            moe=preset(preset_name, paper.hidden, experts, case.top_k),
+        )
+        torch.manual_seed(0)
+        with crew.device, _default_dtype(crew.dtype):
+            model = GPT(config, group=crew.group)
+        arms += [_Arm(preset_name, name, model, crew) for name in names]
+    return arms
+
+
+def _train(case: ModelCase, crew: Crew, common: Row, arms: list[_Arm]) -> None:
+    paper = _paper(case)
+    tokens = _PIECES * _TEXTS * paper.context
+    generator = torch.Generator(crew.device).manual_seed(crew.rank)
+    shape = (_PIECES, _TEXTS, paper.context + 1)
+    ids = torch.randint(paper.vocabulary, shape, generator=generator, device=crew.device)
+    world = World(crew.rank, crew.ranks, crew.device, crew.group)
+    fused = crew.device.type == "cuda"
+    optimisers = {arm.preset: torch.optim.AdamW(arm.model.parameters(), lr=1e-5, fused=fused) for arm in arms}
+    steps: dict[str, Callable[[], float]] = {
+        arm.name: lambda arm=arm: _step(arm.take(), optimisers[arm.preset], ids, world) for arm in arms
+    }
+    common |= {"work": "train", "context": paper.context, "tokens": tokens, "layers": paper.layers}
+    steps, rows = _warm(steps, crew)
+    times = turns(steps, crew, case.budget_s, inner=1, untimed=0)
+    _hand_out(crew, common, arms, rows, times, tokens * crew.ranks)
+
+
+def _step(model: GPT, optimiser: torch.optim.Optimizer, ids: Tensor, world: World) -> float:
+    """One optimiser step; returns its loss, which waits for the device."""
+    optimiser.zero_grad(set_to_none=True)
+    losses = []
+    for piece in ids:
+        logits = model(piece[:, :-1])
+        loss = functional.cross_entropy(logits.float().flatten(0, 1), piece[:, 1:].flatten())
+        auxiliary = torch.stack([moe.auxiliary_loss() for moe in model.moes]).sum()
+        ((loss + auxiliary) / (len(ids) * world.size)).backward()
+        losses.append(loss.detach())
+    experts = {parameter for moe in model.moes for parameter in moe.experts.parameters()}
+    gradients: dict[bool, list[Tensor]] = {True: [], False: []}
+    for parameter in model.parameters():
+        if parameter.grad is None:  # an expert without tokens
+            parameter.grad = torch.zeros_like(parameter)
+        gradients[parameter in experts].append(parameter.grad)
+    world.add_gradients(gradients[False], gradients[True])
+    optimiser.step()
+    return torch.stack(losses).mean().item()
+
+
+def _serve(case: ModelCase, crew: Crew, common: Row, arms: list[_Arm]) -> None:
+    paper = _paper(case)
+    for arm in arms:
+        arm.model.eval().requires_grad_(False)
+    prompt = paper.context // 2
+    steps = min(_DECODE_STEPS, prompt // 2)
+    common |= {"prompt": prompt, "layers": paper.layers}
+    for batch in _BATCHES:
+        generator = torch.Generator(crew.device).manual_seed(crew.rank)
+        ids = torch.randint(paper.vocabulary, (batch, prompt), generator=generator, device=crew.device)
+        texts = {arm.name: _Texts(arm, ids, prompt + steps + 2) for arm in arms}
+        kinds = {"prefill": 1.0 * prompt, "decode": 1.0}
+        for work, tokens in kinds.items():
+            # Warm-up reads the prompt and adds a token, whichever of the two is timed.
+            warm = {
+                name: lambda text=text: (text.prefill(), text.decode())[1] for name, text in texts.items()
+            }
+            good, rows = _warm(warm, crew)
+            prefills = {name: texts[name].prefill for name in good}
+            decodes = {name: texts[name].decode for name in good}
+            budget_s = case.budget_s / len(_BATCHES) / len(kinds)
+            if work == "prefill":
+                times = turns(prefills, crew, budget_s)
+            else:
+                times = turns(decodes, crew, budget_s, inner=steps, untimed=2, prepare=prefills)
+            entries = common | {"work": work, "batch": batch}
+            _hand_out(crew, entries, arms, rows, times, tokens * batch * crew.ranks)
+
+
+class _Texts:
+    """A batch of texts that one arm continues, always with the likeliest token."""
+
+    def __init__(self, arm: _Arm, prompt: Tensor, room: int) -> None:
+        self.arm, self.prompt, self.room = arm, prompt, room
+        self.cache: Cache | None = None
+        self.last = prompt[:, -1:]
+
+    @torch.inference_mode()
+    def prefill(self) -> float:
+        weight = self.arm.model.embedding.weight
+        self.cache = None  # its memory is free before the next is allocated
+        padding = [0] * len(self.prompt)
+        self.cache = Cache(self.arm.model.config, padding, self.room, weight.device, weight.dtype)
+        return self._read(self.prompt)
+
+    @torch.inference_mode()
+    def decode(self) -> float:
+        return self._read(self.last)
+
+    def _read(self, ids: Tensor) -> float:
+        assert self.cache is not None, "a prompt is read before a token is added"
+        model = self.arm.take()
+        features = model.features(ids, self.cache.advance(ids.shape[1]))
+        best, self.last = model.logits(features[:, -1]).max(-1, keepdim=True)
+        return float(best.sum())  # waits, as somebody who reads the text does; NaN shows in it
+
+
+def _warm(
+    steps: dict[str, Callable[[], float]], crew: Crew
+) -> tuple[dict[str, Callable[[], float]], dict[str, Row]]:
+    """Run each arm twice; leave those that work and give numbers."""
+    good, rows = {}, {}
+    for name, step in steps.items():
+        problem = crew.refused.get(name)
+        value = peak = None
+        if problem is None:
+            (value, peak), problem = _tried(step, crew)
+        if problem is None:
+            good[name] = step
+            rows[name] = {"status": "ok", "peak_gib": peak, "value": value}
+        else:
+            rows[name] = {"status": "error", "reason": problem}
+    return good, rows
+
+
+def _tried(step: Callable[[], float], crew: Crew) -> tuple[tuple[float | None, float | None], str | None]:
+    """Run a step twice; give its value, what the second allocated on top of what is held between steps, and what is wrong."""
+    cuda = crew.device.type == "cuda"
+    _, problem = crew.attempt(step)
+    if problem is not None:
+        return (None, None), problem
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(crew.device)
+    before = torch.cuda.memory_allocated(crew.device) if cuda else 0
+    value, problem = crew.attempt(step)
+    if problem is None and not all(crew.agree(math.isfinite(value))):
+        problem = "wrong: not finite"
+    peak = (torch.cuda.max_memory_allocated(crew.device) - before) / 2**30 if cuda else None
+    return (value, peak), problem
+
+
+def _hand_out(
+    crew: Crew,
+    common: Row,
+    arms: list[_Arm],
+    rows: dict[str, Row],
+    times: dict[str, list[float]],
+    tokens: float,
+) -> None:
+    for arm in arms:
+        row = rows[arm.name]
+        row |= {"preset": arm.preset, "dispatcher": arm.dispatcher}
+        value = row.pop("value", None)
+        if common["work"] == "train":
+            row["loss"] = value
+        if arm.name in times:
+            found = figures(times[arm.name])
+            row |= found | {"tokens_per_s": 1e3 * tokens / found["p50_ms"]}
+    timed = [row for row in rows.values() if "p50_ms" in row]
+    baseline = {row["dispatcher"]: row["p50_ms"] for row in timed if row["preset"] == BASELINE}
+    for row in timed:
+        copies = baseline.get(COPY_PER_EXPERT, baseline.get("local"))
+        if baseline:
+            row["over_best_baseline"] = min(baseline.values()) / row["p50_ms"]
+        row["over_copy_per_expert"] = None if copies is None else copies / row["p50_ms"]
+    for arm in arms:
+        crew.row(common | {"arm": arm.name} | rows[arm.name])
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Any:
+    former = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(former)

@@ -1,0 +1,327 @@
+"""Rows as tables in Markdown, the targets last.
+
+Ratios hold within one run and fabric, and were taken there. A target is judged by the latest run that measured it; *copy per
+expert* compares all-to-all with all-to-all, *best dispatcher* the best of either side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from .cases import BASELINE, COPY_PER_EXPERT, FABRICS
+from .rivals import RIVALS
+
+Row = dict[str, Any]
+
+_DIRECTIONS = {"forward": "forward", "forward_backward": "forward + backward"}
+_TARGETS = {"nvlink": (1.8, 1.4), "shm": (3.0, 2.0), "sockets": (3.8, 2.5)}
+_ONE_GPU, _TRAINING = 1.2, 2.5
+
+
+def tables(rows: list[Row]) -> str:
+    """Draw all tables that the rows have something for."""
+    if not rows:
+        return "no rows"
+    parts = [_title(rows)]
+    fabrics = list(dict.fromkeys(row["fabric"] for row in rows))
+    for fabric in fabrics:
+        own = [row for row in rows if row["fabric"] == fabric]
+        parts += [_kernels(fabric, own)]
+        parts += [
+            _layers(fabric, own),
+            _anatomy(fabric, own),
+            _collectives(fabric, own),
+            _models(fabric, own),
+        ]
+    # The end is what is left where output is cut.
+    parts += [_rivals(rows), _problems(rows), _targets(rows)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _title(rows: list[Row]) -> str:
+    row = rows[-1]
+    versions = [f"{name} {row[name]}" for name in ("torch", "nccl", "triton") if row.get(name)]
+    runs = ", ".join(dict.fromkeys(row["run"] for row in rows))
+    return f"{row['device']}, {', '.join(versions)}, commit {row.get('commit', 'unknown')}; runs {runs}"
+
+
+def _targets(rows: list[Row]) -> str:
+    lines: list[list[str]] = []
+
+    def judged(what: str, target: float, found: tuple[float, float | None] | None) -> None:
+        if found is None:
+            lines.append([what, f"≥ {target:g} ×", "-", "-", "not measured"])
+            return
+        forward, both = found
+        verdict = "met" if forward >= target else "missed"
+        lines.append([what, f"≥ {target:g} ×", f"{forward:.2f}", _number(both), verdict])
+
+    for fabric, (copies, best) in _TARGETS.items():
+        case = _case(rows, fabric)
+        judged(f"layer, XL top-8, copy per expert, {fabric}", copies, _copies(case))
+        judged(f"layer, XL top-8, best dispatcher, {fabric}", best, _best(case))
+    judged("layer, XL top-8, one GPU, no communication", _ONE_GPU, _best(_case(rows, "none")))
+    trained = _latest(
+        row
+        for row in _ok(rows, "moe_model")
+        if (row["model"], row["work"], row["fabric"]) == ("xl", "train", "shm") and row["preset"] != BASELINE
+    )
+    for what, name in (
+        ("copy per expert", "over_copy_per_expert"),
+        ("best dispatcher", "over_best_baseline"),
+    ):
+        picked = [
+            row[name]
+            for row in trained
+            if row.get(name) and (row["dispatcher"] == COPY_PER_EXPERT or what == "best dispatcher")
+        ]
+        found = (max(picked), None) if picked else None
+        judged(f"training step, XL-shaped model, shm, {what}", _TRAINING, found)
+    for fabric in ("nvlink", "shm"):
+        judged(f"baseline, XL top-8, best rival / best of ours, {fabric}", 1.0, _against_rivals(rows, fabric))
+    lines += [_bytes_line(rows), ["cost model against measurement", "within 15 %", "", "", "not judged here"]]
+    header = [
+        "targets, judged by the forward pass or the step",
+        "target",
+        "forward",
+        "forward + backward",
+        "",
+    ]
+    return _table(header, lines)
+
+
+def _against_rivals(rows: list[Row], fabric: str) -> tuple[float, float] | None:
+    """How much longer the fastest rival takes than the baseline's fastest dispatcher."""
+    case = _case(rows, fabric, rivals=True)
+    ours = [row for row in case if row["preset"] == BASELINE and row["arm"] not in RIVALS]
+    theirs = [row for row in case if row["arm"] in RIVALS]
+    if not ours or not theirs:
+        return None
+    forward, both = (
+        min(row[name]["p50_ms"] for row in theirs) / min(row[name]["p50_ms"] for row in ours)
+        for name in _DIRECTIONS
+    )
+    return forward, both
+
+
+def _bytes_line(rows: list[Row]) -> list[str]:
+    flags = [entry["equal"] for row in _ok(rows, "moe_layer") for entry in row.get("bytes", {}).values()]
+    verdict = "not measured" if not flags else "met" if all(flags) else "missed"
+    return ["bytes counted = formula", "exactly", f"{sum(flags)} of {len(flags)} passes", "", verdict]
+
+
+def _case(rows: list[Row], fabric: str, *, rivals: bool = False) -> list[Row]:
+    """The latest rows of the shape that targets speak of, by arm."""
+    shape = {
+        "hidden": 2048,
+        "top_k": 8,
+        "ratio": 0.25,
+        "num_experts": 64,
+        "routing": "balanced",
+        "fabric": fabric,
+        "rivals": rivals,
+        "tokens": FABRICS[fabric].tokens,
+    }
+    return _latest(
+        row for row in _ok(rows, "moe_layer") if all(row[name] == value for name, value in shape.items())
+    )
+
+
+def _latest(rows: Iterable[Row]) -> list[Row]:
+    found = list(rows)
+    return [row for row in found if row["run"] == found[-1]["run"]]
+
+
+def _ok(rows: list[Row], benchmark: str) -> list[Row]:
+    return [row for row in rows if row.get("benchmark") == benchmark and row["status"] == "ok"]
+
+
+def _bigmac(case: list[Row]) -> list[Row]:
+    return [row for row in case if row["preset"] != BASELINE and "over_best_baseline" in row["forward"]]
+
+
+def _copies(case: list[Row]) -> tuple[float, float] | None:
+    for row in _bigmac(case):
+        if row["dispatcher"] == COPY_PER_EXPERT and row["forward"]["over_copy_per_expert"]:
+            return row["forward"]["over_copy_per_expert"], row["forward_backward"]["over_copy_per_expert"]
+    return None
+
+
+def _best(case: list[Row]) -> tuple[float, float] | None:
+    found = _bigmac(case)
+    if not found:
+        return None
+    forward, both = (max(row[name]["over_best_baseline"] for row in found) for name in _DIRECTIONS)
+    return forward, both
+
+
+def _rivals(rows: list[Row]) -> str:
+    """The baseline's best dispatcher next to other packages, in milliseconds."""
+    lines = []
+    for key, case in _grouped(_ok(rows, "moe_layer"), "run", "fabric", *_SHAPE).items():
+        rivals = {row["arm"]: row for row in case if row["arm"] in RIVALS}
+        ours = [row for row in case if row["preset"] == BASELINE and row["arm"] not in RIVALS]
+        if not rivals or not ours:
+            continue
+        for name, title in _DIRECTIONS.items():
+            best = min(row[name]["p50_ms"] for row in ours)
+            theirs = {arm: row[name]["p50_ms"] for arm, row in rivals.items()}
+            cells = [f"{theirs[arm]:.3f}" if arm in theirs else "-" for arm in RIVALS]
+            slower = (
+                "no slower"
+                if best <= min(theirs.values())
+                else f"slower by {best / min(theirs.values()):.2f} ×"
+            )
+            lines.append([key[1], _shape(case[0]), title, f"{best:.3f}", *cells, slower])
+    return _table(["fabric", "layer", "pass", "our baseline, ms", *RIVALS, ""], lines)
+
+
+_SHAPE = ("hidden", "top_k", "ratio", "tokens", "routing", "rivals")
+
+
+def _shape(row: Row) -> str:
+    return (
+        f"h {row['hidden']}, top-{row['top_k']} of {row['num_experts']}, r {row['ratio']:g}, {row['tokens']} tokens, "
+        f"{row['routing']}{', with rivals' if row['rivals'] else ''}"
+    )
+
+
+def _layers(fabric: str, rows: list[Row]) -> str:
+    """Medians by arm, a line for each case and direction."""
+    found = [row for row in _ok(rows, "moe_layer") if row["arm"] not in RIVALS]
+    arms = list(dict.fromkeys(row["arm"] for row in found))
+    lines = []
+    for case in _grouped(found, "run", *_SHAPE).values():
+        by_arm = {row["arm"]: row for row in case}
+        for name, title in _DIRECTIONS.items():
+            index = list(_DIRECTIONS).index(name)
+            ratios = [pair[index] if (pair := ratio(case)) else None for ratio in (_copies, _best)]
+            times = [f"{by_arm[arm][name]['p50_ms']:.3f}" if arm in by_arm else "-" for arm in arms]
+            n = min(row[name]["n"] for row in case)
+            cells = [_number(ratio) for ratio in ratios]
+            lines.append([_shape(case[0]), title, *times, *cells, str(n)])
+    transports = ", ".join(sorted({way for row in found for way in row["transports"]}))
+    header = ["layer", "pass", *arms, "copy per expert", "best dispatcher", "n"]
+    return _headed(
+        f"Layer on {fabric}, {_ranks(found)}{f' ({transports})' if transports else ''}, ms", header, lines
+    )
+
+
+def _anatomy(fabric: str, rows: list[Row]) -> str:
+    """Where the time of a forward pass goes, for the first case of the fabric."""
+    found = [row for row in _ok(rows, "moe_layer") if "stage_ms" in row]
+    if not found:
+        return ""
+    case = next(iter(_grouped(found, "run", *_SHAPE).values()))
+    stages = list(dict.fromkeys(stage for row in case for stage in row["stage_ms"]))
+    lines = []
+    for row in case:
+        sent = row["bytes"]["forward"]
+        lines.append(
+            [
+                row["arm"],
+                *(_number(row["stage_ms"].get(stage), ".3f") for stage in stages),
+                f"{sent['payload'] / 2**20:.1f}",
+                f"{sent['metadata'] / 2**20:.2f}",
+                "yes" if sent["equal"] else "NO",
+                _number(row["peak_gib"]),
+                _number(row["weights_gib"]),
+            ]
+        )
+    header = ["arm", *stages, "rows MiB", "aside MiB", "= formula", "peak GiB", "weights GiB"]
+    return _headed(f"Stages on {fabric}, forward, first rank, ms: {_shape(case[0])}", header, lines)
+
+
+def _collectives(fabric: str, rows: list[Row]) -> str:
+    found = _latest(_ok(rows, "moe_collectives"))
+    names = list(dict.fromkeys(row["collective"] for row in found))
+    lines = []
+    for (size,), group in _grouped(found, "bytes_held").items():
+        by_name = {row["collective"]: row for row in group}
+        cells = [f"{by_name[name]['p50_ms']:.3f} ({by_name[name]['gb_per_s']:.1f})" for name in names]
+        lines.append([f"{size / 2**20:g}", *cells])
+    return _headed(f"Collectives on {fabric}, ms (GB/s out of a rank)", ["MiB held", *names], lines)
+
+
+def _kernels(fabric: str, rows: list[Row]) -> str:
+    lines = [
+        [
+            f"h {row['hidden']}, top-{row['top_k']} of {row['num_experts']}, r {row['ratio']:g}, {row['tokens']} tokens",
+            row["preset"],
+            row["kernel"],
+            f"{row['p50_ms']:.4f}",
+            f"{row['tflop_per_s']:.1f}",
+            f"{row['gb_per_s']:.0f}",
+        ]
+        for row in _latest(_ok(rows, "moe_kernels"))
+    ]
+    header = ["layer", "preset", "kernel", "ms", "TFLOP/s", "GB/s"]
+    return _headed(f"Pieces of a layer, one rank, {fabric}", header, lines)
+
+
+def _models(fabric: str, rows: list[Row]) -> str:
+    lines = []
+    for row in _ok(rows, "moe_model"):
+        what = row["work"] + (f", batch {row['batch']}, prompt {row['prompt']}" if "batch" in row else "")
+        times = [f"{row[name]:.2f}" for name in ("p50_ms", "p95_ms", "p99_ms")]
+        ratios = [_number(row.get(name)) for name in ("over_copy_per_expert", "over_best_baseline")]
+        model = f"{row['model']} top-{row['top_k']}"
+        peak = _number(row.get("peak_gib"), ".1f")
+        lines.append(
+            [model, what, row["arm"], *times, str(row["n"]), f"{row['tokens_per_s']:,.0f}", *ratios, peak]
+        )
+    header = [
+        "model",
+        "work",
+        "arm",
+        "p50 ms",
+        "p95",
+        "p99",
+        "n",
+        "tokens/s",
+        "× copy per expert",
+        "× best",
+        "peak GiB",
+    ]
+    return _headed(f"Models with random weights on {fabric}, {_ranks(rows)}", header, lines)
+
+
+def _problems(rows: list[Row]) -> str:
+    lines = [
+        f"- {row['fabric']}: {row.get('benchmark', '')} {row.get('arm', '')} {row['status']}: "
+        f"{row.get('reason', row.get('relative_error', ''))}"
+        for row in rows
+        if row["status"] != "ok"
+    ]
+    return "\n".join(["Not measured:", "", *dict.fromkeys(lines)]) if lines else ""
+
+
+def _grouped(rows: list[Row], *names: str) -> dict[tuple[Any, ...], list[Row]]:
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in names), []).append(row)
+    return groups
+
+
+def _ranks(rows: list[Row]) -> str:
+    ranks = rows[-1]["ranks"] if rows else 0
+    return f"{ranks} rank{'s' if ranks > 1 else ''}"
+
+
+def _number(value: float | None, form: str = ".2f") -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _headed(title: str, header: list[str], lines: list[list[str]]) -> str:
+    return f"**{title}**\n\n{_table(header, lines)}" if lines else ""
+
+
+def _table(header: list[str], lines: list[list[str]]) -> str:
+    if not lines:
+        return ""
+
+    def draw(cells: list[str]) -> str:
+        return f"| {' | '.join(cells)} |"
+
+    return "\n".join([draw(header), "| --- " * len(header) + "|", *map(draw, lines)])
