@@ -1,0 +1,372 @@
+"""Will BigMac pay here? Milliseconds of a layer by stage, of two layers side by side, and what fabric makes them equal.
+
+Each side gets its best dispatcher: copies per expert flatter BigMac, since they send more than a good baseline would. The
+ratio at equal dispatchers (copy per expert, as in the paper) is given beside it.
+
+Left out: uneven loads, dropped tokens, sending in chunks, and any overlap but that of rows on their way with the shared expert.
+A forecast for several nodes is a *projection*: it adds the bandwidth between nodes to constants that hold within one. There,
+what stays within a node and what leaves it travel at the same time, and gathers cross between nodes once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+from adamac.advise.cost import Cost, Work
+from adamac.advise.machine import COLLECTIVES, Machine
+from adamac.advise.work import Layer, product
+from adamac.moe.dispatch import DISPATCHERS
+from adamac.moe.dispatch.common import local_experts
+from adamac.moe.presets import MoEConfig
+from adamac.moe.timing import STAGES, Stage
+from adamac.moe.traffic import bytes_sent
+
+Answer = Literal["pays", "does not pay", "within the model's error"]
+
+# Factors of the fabric's bandwidth between which equality is looked for, and steps in a search.
+_WIDEST, _STEPS, _HALVINGS = 1e6, 121, 80
+# The larger of two sides counts as equal to this share: rounding.
+_EQUAL = 1e-12
+
+
+@dataclass(frozen=True)
+class Network:
+    """What joins nodes.
+
+    Attributes:
+        nodes: How many there are, of equally many ranks.
+        bytes_per_s: What a rank sends at to other nodes, one way, while its neighbours do.
+    """
+
+    nodes: int
+    bytes_per_s: float
+
+    def time_ms(self, cost: Cost, work: Work, ranks: int) -> float:
+        """Milliseconds of a collective over all nodes, whose bandwidth within a node is that of ``cost``."""
+        within = ranks // self.nodes
+        # Of what a rank sends, an all-to-all has an equal part for each other rank; a gather crosses to each node once.
+        outward = (ranks - within) if work.kind == "all_to_all" else (self.nodes - 1)
+        leaving = work.nbytes * outward / max(1, ranks - 1)
+        inside = replace(work, nbytes=work.nbytes - leaving)
+        latency = work.calls * cost.overhead_ms
+        return max(cost.time_ms(inside), latency + 1e3 * leaving / self.bytes_per_s)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What one layer takes.
+
+    Attributes:
+        config: Its shape.
+        dispatcher: What moves its rows.
+        stages_ms: Milliseconds by stage; of ``send``, what does not hide behind the shared expert.
+        sending_ms: Of these, what is spent in collectives.
+        host_ms: What the device waits for the host, in all.
+        error: What the time is typically off by, as a share: each stage's by its constants, added up.
+        bytes_sent: Rows that this rank sends to others.
+        projection: Whether part of the fabric was not measured but forecast.
+    """
+
+    config: MoEConfig
+    dispatcher: str
+    stages_ms: Mapping[Stage, float]
+    sending_ms: float
+    host_ms: float
+    error: float
+    bytes_sent: float
+    projection: bool
+
+    @property
+    def time_ms(self) -> float:
+        """Milliseconds of the layer."""
+        return sum(self.stages_ms.values()) + self.host_ms
+
+
+def predict(
+    config: MoEConfig,
+    tokens: int,
+    ranks: int,
+    dispatcher: str,
+    machine: Machine,
+    *,
+    backward: bool = False,
+    itemsize: int = 2,
+    network: Network | None = None,
+) -> Prediction:
+    """Say what a layer takes on each rank.
+
+    Args:
+        config: The layer.
+        tokens: On each rank.
+        ranks: Over which its experts are spread.
+        dispatcher: ``"local"``, ``"all_to_all"``, ``"per_rank"`` or ``"all_gather"``.
+        machine: Its constants.
+        backward: Both passes instead of the forward pass alone.
+        itemsize: Bytes of a value.
+        network: What joins the nodes that the ranks are on; ``None`` means that they are on one.
+
+    Raises:
+        ValueError: If the experts cannot be spread, the dispatcher does not fit, or a constant is missing.
+    """
+    _check(config, tokens, ranks, dispatcher, network)
+    layer = Layer(config, tokens, ranks, dispatcher, itemsize, machine.rows)
+
+    def time_ms(work: Work) -> float:
+        cost = machine.cost(work.kind)
+        if work.kind not in COLLECTIVES:
+            return machine.whole * cost.time_ms(work)
+        return cost.time_ms(work) if network is None else network.time_ms(cost, work, ranks)
+
+    timed = [
+        (stage, work, time_ms(work))
+        for stage, works in layer.work(backward=backward).items()
+        for work in works
+    ]
+    stages: dict[Stage, float] = dict.fromkeys(STAGES, 0.0)
+    for stage, _, time in timed:
+        stages[stage] += time
+    sending = sum(time for _, work, time in timed if work.kind in COLLECTIVES)
+    errors = sum(time * machine.cost(work.kind).error for _, work, time in timed)
+    error = errors / (sum(stages.values()) or 1.0)
+    if dispatcher != "local":
+        passes = (False, True) if backward else (False,)
+        hidden = min(stages["shared"], sum(time_ms(layer.messages(backward=each)[0]) for each in passes))
+        stages["send"] -= hidden
+        sending -= hidden
+    least = (machine.least_both_ms if backward else machine.least_ms).get(dispatcher, 0.0)
+    host_ms = max(0.0, least - sum(stages.values()))
+    sent = bytes_sent(config, tokens, ranks, dispatcher, itemsize, backward=backward)
+    return Prediction(config, dispatcher, stages, sending, host_ms, error, sent, network is not None)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two layers on the same machine, each by every dispatcher.
+
+    Attributes:
+        baseline: Predictions by dispatcher.
+        candidate: The same.
+        break_even_bytes_per_s: The bandwidth at which both sides' best are equal; on every slower fabric the candidate is
+            faster. Infinity if it is faster on every fabric, 0 if on no slow one; ``None`` if nothing is sent, or the
+            fabric is infinitely fast.
+        rho: Time that the candidate saves in sending, divided by that of its projections, copies per expert on both
+            sides (above 1 it gains even if nothing else does); ``None`` if it has none, or nothing is sent.
+        error: What the ratio may be off by, as a share.
+        ranks: Over which the experts are spread.
+        between_nodes: Whether the break-even is that of the links between nodes.
+    """
+
+    baseline: Mapping[str, Prediction]
+    candidate: Mapping[str, Prediction]
+    break_even_bytes_per_s: float | None
+    rho: float | None
+    error: float
+    ranks: int
+    between_nodes: bool
+
+    @cached_property
+    def best(self) -> tuple[Prediction, Prediction]:
+        """The fastest of each side."""
+        return _fastest(self.baseline), _fastest(self.candidate)
+
+    @property
+    def ratio(self) -> float:
+        """Time of the baseline divided by that of the candidate, each by its best dispatcher."""
+        baseline, candidate = self.best
+        return baseline.time_ms / candidate.time_ms
+
+    @property
+    def ratio_by_copies(self) -> float | None:
+        """The same with a copy for each expert on both sides, as in the paper; ``None`` on one rank."""
+        if "all_to_all" not in self.baseline:
+            return None
+        return self.baseline["all_to_all"].time_ms / self.candidate["all_to_all"].time_ms
+
+    @property
+    def answer(self) -> Answer:
+        """Whether the candidate pays."""
+        if abs(self.ratio - 1) <= self.error:
+            return "within the model's error"
+        return "pays" if self.ratio > 1 else "does not pay"
+
+    def differences_ms(self) -> dict[str, float]:
+        """What the candidate saves in each stage, negative where it costs more; stages that differ, most first."""
+        baseline, candidate = self.best
+        saved: dict[str, float] = {
+            stage: baseline.stages_ms[stage] - candidate.stages_ms[stage] for stage in STAGES
+        }
+        saved["host"] = baseline.host_ms - candidate.host_ms
+        least = 1e-3 * max(baseline.time_ms, candidate.time_ms)
+        kept = {stage: ms for stage, ms in saved.items() if abs(ms) > least}
+        return dict(sorted(kept.items(), key=lambda item: -abs(item[1])))
+
+    def verdict(self, name: str = "BigMac", baseline_name: str = "CDAC") -> str:
+        """Say in plain words whether it pays, and why."""
+        baseline, candidate = self.best
+        answers = {
+            "pays": f"{name} pays here",
+            "does not pay": f"{name} does not pay here",
+            "within the model's error": f"Whether {name} pays here is within the model's error",
+        }
+        saved = self.differences_ms()
+        gains = [f"{stage} {ms:.3g}" for stage, ms in saved.items() if ms > 0]
+        losses = [f"{stage} {-ms:.3g}" for stage, ms in saved.items() if ms < 0]
+        why = "; ".join(
+            f"{word} {', '.join(stages)} ms"
+            for word, stages in (("it saves", gains), ("it adds", losses))
+            if stages
+        )
+        said = (
+            f"{answers[self.answer]}: {baseline_name} ({baseline.dispatcher}) {baseline.time_ms:.3g} ms, {name} "
+            f"({candidate.dispatcher}) {candidate.time_ms:.3g} ms, {self.ratio:.2f}x with an error of about "
+            f"{self.error:.0%}; {why or 'no stage differs'}."
+        )
+        return f"Projection: {said}" if candidate.projection else said
+
+    def break_even(self, name: str = "BigMac") -> str:
+        """Say on which fabrics it pays."""
+        limit, what = self.break_even_bytes_per_s, "between nodes" if self.between_nodes else "of the fabric"
+        if limit is None:
+            return "No fabric decides: nothing is sent, or sending takes no time."
+        if limit == math.inf:
+            return f"{name} is faster at any bandwidth {what}."
+        if limit == 0:
+            return f"{name} is not faster on a slow fabric either: what it sends is no less."
+        return f"Both are equal at {limit / 1e9:.3g} GB/s {what}, per rank and one way; below that {name} is faster."
+
+
+def compare(
+    baseline: MoEConfig,
+    candidate: MoEConfig,
+    tokens: int,
+    ranks: int,
+    machine: Machine,
+    *,
+    backward: bool = False,
+    itemsize: int = 2,
+    network: Network | None = None,
+) -> Comparison:
+    """Set two layers side by side, each by every dispatcher; arguments as of :func:`predict`.
+
+    Raises:
+        ValueError: As :func:`predict`.
+    """
+
+    def side(config: MoEConfig, factor: float = 1.0) -> dict[str, Prediction]:
+        """All dispatchers, with the slowest links slower by a factor."""
+        changed, between = machine, network
+        if network is not None:
+            between = replace(network, bytes_per_s=network.bytes_per_s / factor)
+        elif ranks > 1:
+            changed = machine.slowed(factor)
+        return {
+            name: predict(
+                config, tokens, ranks, name, changed, backward=backward, itemsize=itemsize, network=between
+            )
+            for name in (DISPATCHERS if ranks > 1 else ("local",))
+        }
+
+    def ahead(factor: float) -> float:
+        one, other = (_fastest(side(config, factor)).time_ms for config in (baseline, candidate))
+        gained = one - other
+        return 0.0 if abs(gained) <= _EQUAL * max(one, other) else gained
+
+    sides = side(baseline), side(candidate)
+    limit = None
+    if ranks > 1:
+        now = network.bytes_per_s if network is not None else machine.cost("all_to_all").bytes_per_s
+        slower = _last_crossing(ahead) if now < math.inf else None
+        limit = None if slower is None else now / slower if slower else math.inf
+    known = machine.ratio_error
+    error = max(_fastest(each).error for each in sides) if known is None else known
+    rho = _rho(baseline, candidate, tokens, ranks, machine, itemsize, network)
+    return Comparison(*sides, limit, rho, error, ranks, network is not None)
+
+
+def project(
+    baseline: MoEConfig,
+    candidate: MoEConfig,
+    tokens: int,
+    ranks_per_node: int,
+    machine: Machine,
+    network: Network,
+    *,
+    backward: bool = False,
+    itemsize: int = 2,
+) -> Comparison:
+    """Project a comparison to several nodes: as :func:`compare`, with ``ranks_per_node * network.nodes`` ranks."""
+    ranks = ranks_per_node * network.nodes
+    return compare(
+        baseline, candidate, tokens, ranks, machine, backward=backward, itemsize=itemsize, network=network
+    )
+
+
+def _check(config: MoEConfig, tokens: int, ranks: int, dispatcher: str, network: Network | None) -> None:
+    if tokens < 1 or ranks < 1:
+        raise ValueError(f"tokens and ranks must be at least 1; got {tokens} and {ranks}")
+    local_experts(config.num_experts, ranks)
+    if (dispatcher == "local") != (ranks == 1):
+        raise ValueError(
+            f'dispatcher "local" is for one rank, the others for several; got {dispatcher!r} on {ranks}'
+        )
+    if network is not None and (network.nodes < 1 or ranks % network.nodes or not network.bytes_per_s > 0):
+        raise ValueError(
+            f"a network joins nodes of equally many of the {ranks} ranks at a bandwidth above 0; "
+            f"got {network.nodes} nodes at {network.bytes_per_s} B/s"
+        )
+
+
+def _fastest(predictions: Mapping[str, Prediction]) -> Prediction:
+    return min(predictions.values(), key=lambda prediction: prediction.time_ms)
+
+
+def _last_crossing(ahead: Callable[[float], float]) -> float:
+    """Find how much slower the fabric must be for the candidate to be ahead from there on.
+
+    Args:
+        ahead: By how much the candidate is ahead if the fabric is slower by a factor.
+
+    Returns:
+        The factor; 0 if the candidate is always ahead, infinity if it is not ahead in the end.
+    """
+    factors = [_WIDEST ** (2 * step / (_STEPS - 1) - 1) for step in range(_STEPS)]
+    if ahead(factors[-1]) <= 0:
+        return math.inf
+    behind = max((place for place, factor in enumerate(factors) if ahead(factor) <= 0), default=None)
+    if behind is None:
+        return 0.0
+    low, high = math.log(factors[behind]), math.log(factors[behind + 1])
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if ahead(math.exp(middle)) > 0 else (middle, high)
+    return math.exp(high)
+
+
+def _rho(
+    baseline: MoEConfig,
+    candidate: MoEConfig,
+    tokens: int,
+    ranks: int,
+    machine: Machine,
+    itemsize: int,
+    network: Network | None,
+) -> float | None:
+    """Time saved in sending, divided by that of the projections at the dense rate."""
+    if candidate.latent is None or ranks == 1:
+        return None
+    saved = bytes_sent(baseline, tokens, ranks, "all_to_all", itemsize) - bytes_sent(
+        candidate, tokens, ranks, "all_to_all", itemsize
+    )
+    projections = 2 * product(tokens, candidate.hidden, candidate.latent, itemsize).flops
+    link = machine.cost("all_to_all")
+    sending_ms = Cost(bytes_per_s=link.bytes_per_s).time_ms(Work("all_to_all", nbytes=saved))
+    if network is not None:
+        sending_ms = network.time_ms(
+            Cost(bytes_per_s=link.bytes_per_s), Work("all_to_all", nbytes=saved), ranks
+        )
+    projecting_ms = 1e3 * projections / machine.cost("dense").flops_per_s
+    return sending_ms / projecting_ms if projecting_ms else math.inf
