@@ -16,9 +16,14 @@ def write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Replace the file by these rows; rounds floats to six digits, of which a measurement has fewer."""
     stamp = machine_stamp("cuda" if torch.cuda.is_available() else "cpu")
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps({name: _short(entry) for name, entry in (row | stamp).items()}) for row in rows]
+    lines = [json.dumps(short(row | stamp)) for row in rows]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _short(entry: Any) -> Any:
+def short(entry: Any) -> Any:
+    """Round floats to six digits, of which a measurement has fewer."""
+    if isinstance(entry, dict):
+        return {name: short(value) for name, value in entry.items()}
+    if isinstance(entry, (list, tuple)):
+        return [short(value) for value in entry]
     return float(f"{entry:.6g}") if isinstance(entry, float) else entry

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from adamac.bakeoff.machine import machine_stamp
+from benchmarks.jsonl import short
+
+from adamac.bakeoff.machine import machine_stamp, version_of
 from adamac.bakeoff.stats import percentile
 
 from .arms import Arm
@@ -118,7 +119,7 @@ class RowFile:
 
     def save(self, rows: list[dict[str, Any]]) -> None:
         """Write all rows of this run after the former ones, all or nothing."""
-        lines = self._former + [json.dumps(_short(row)) for row in rows]
+        lines = self._former + [json.dumps(short(row)) for row in rows]
         fresh = self._path.with_name(self._path.name + ".tmp")
         fresh.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         os.replace(fresh, self._path)
@@ -136,7 +137,7 @@ def stamp(device: str, commit: str | None) -> dict[str, Any]:
         device: Torch's name of it.
         commit: Names the commit where the code is a copy without its repository.
     """
-    found = machine_stamp(device) | {"triton": _version("triton")}
+    found = machine_stamp(device) | {"triton": version_of("triton")}
     return found if commit is None else found | {"commit": commit}
 
 
@@ -159,21 +160,3 @@ def _figures(tally: Tally) -> dict[str, Any] | None:
             },
         }
     return figures | {"step_ms": times}
-
-
-def _short(entry: Any) -> Any:
-    """Round floats to six digits, of which a measurement has fewer."""
-    if isinstance(entry, dict):
-        return {name: _short(value) for name, value in entry.items()}
-    if isinstance(entry, (list, tuple)):
-        return [_short(value) for value in entry]
-    if isinstance(entry, float):
-        return float(f"{entry:.6g}")
-    return entry
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from adamac.bakeoff.machine import machine_stamp
+from benchmarks.jsonl import short
+
+from adamac.bakeoff.machine import machine_stamp, version_of
 
 Row = dict[str, Any]
 
@@ -23,7 +24,7 @@ class RowFile:
     def add(self, row: Row) -> None:
         """Add a row."""
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_short(row)) + "\n")
+            file.write(json.dumps(short(row)) + "\n")
 
 
 def read(path: Path) -> list[Row]:
@@ -38,28 +39,12 @@ def stamp(device: str, commit: str | None) -> Row:
         device: Torch's name of it.
         commit: Names the commit where the code is a copy without its repository.
     """
-    found = machine_stamp(device) | {name: _version(name) for name in ("triton", "transformers", "deepspeed")}
+    found = machine_stamp(device) | {
+        name: version_of(name) for name in ("triton", "transformers", "deepspeed")
+    }
     found.pop("diffusers", None)
     if device == "cuda":
         import torch
 
         found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
     return found if commit is None else found | {"commit": commit}
-
-
-def _short(entry: Any) -> Any:
-    """Round floats to six digits, of which a measurement has fewer."""
-    if isinstance(entry, dict):
-        return {name: _short(value) for name, value in entry.items()}
-    if isinstance(entry, (list, tuple)):
-        return [_short(value) for value in entry]
-    if isinstance(entry, float):
-        return float(f"{entry:.6g}")
-    return entry
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

@@ -20,8 +20,8 @@ def machine_stamp(device: str) -> dict[str, Any]:
     stamp["python"] = platform.python_version()
     stamp["torch"] = torch.__version__
     if device.startswith("cuda"):
-        stamp["triton"] = _version("triton")
-    stamp["diffusers"] = _version("diffusers")
+        stamp["triton"] = version_of("triton")
+    stamp["diffusers"] = version_of("diffusers")
     stamp["adamac"] = adamac.__version__
     if commit := _commit():
         stamp["commit"] = commit
@@ -44,7 +44,8 @@ def _cpu_name() -> str:
     return named[0] if named else platform.machine()
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """Name the installed version of a package, or ``None``."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -178,6 +178,45 @@ def _step(
 
 
 @gluon.jit
+def _walk(
+    start,
+    stop,
+    way,  # (first block, stride)
+    tools,
+    state,  # (weights, output, top, total)
+    BIASED: gl.constexpr,
+    KEYS: gl.constexpr,
+    DIM: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """Take a group's blocks from one to another into its state; those with a bias have a loop of their own."""
+    first_block, stride = way
+    own, memory, barriers, bounds, skipped, scale = tools
+    weights, acc, top, total = state
+    for index in range(start, stop):
+        block = first_block + index * stride
+        weights, acc, top, total = _step(
+            block,
+            block - stride,
+            own,
+            memory,
+            barriers,
+            bounds,
+            skipped,
+            weights,
+            acc,
+            top,
+            total,
+            scale,
+            BIASED,
+            KEYS,
+            DIM,
+            STAGES,
+        )
+    return weights, acc, top, total
+
+
+@gluon.jit
 def _join(
     HALF: gl.constexpr, acc, top, total, partial, done, row_layout: gl.constexpr, acc_layout: gl.constexpr
 ):
@@ -256,46 +295,12 @@ def _compute(
         weights, _fade, top, total = _softmax(logits, top, total, scale, bias, True)
         operand = gl.convert_layout(weights.to(query.dtype.element_ty), weights_layout)
         whole = gl.maximum(gl.cdiv(length // KEYS - first_block, stride), 1)
-        for index in range(1, whole):
-            block = first_block + index * stride
-            operand, acc, top, total = _step(
-                block,
-                block - stride,
-                own,
-                memory,
-                barriers,
-                bounds,
-                skipped,
-                operand,
-                acc,
-                top,
-                total,
-                scale,
-                False,
-                KEYS,
-                DIM,
-                STAGES,
-            )
-        for index in range(whole, number):
-            block = first_block + index * stride
-            operand, acc, top, total = _step(
-                block,
-                block - stride,
-                own,
-                memory,
-                barriers,
-                bounds,
-                skipped,
-                operand,
-                acc,
-                top,
-                total,
-                scale,
-                True,
-                KEYS,
-                DIM,
-                STAGES,
-            )
+        way = (first_block, stride)
+        tools = (own, memory, barriers, bounds, skipped, scale)
+        state = (operand, acc, top, total)
+        state = _walk(1, whole, way, tools, state, False, KEYS, DIM, STAGES)
+        state = _walk(whole, number, way, tools, state, True, KEYS, DIM, STAGES)
+        operand, acc, top, total = state
         added = _add_values(operand, acc, v_memory, v_full, first_block + (number - 1) * stride, STAGES)
         acc = warpgroup_mma_wait(0, deps=[added])
     if alone:
