@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 import time
+from importlib import import_module
+from unittest.mock import Mock, patch
 
 import torch
 import torch.distributed as dist
@@ -14,8 +16,10 @@ from torch import Tensor
 from adamac.moe import MoE, MoEConfig
 from adamac.moe.checkpoint import load_weights, save_weights
 from adamac.moe.dispatch import Dispatcher, Meter, choose
+from adamac.moe.dispatch.exchange import Started
 from adamac.moe.parallel import average_gradients, clip_gradients, expert_group, expert_mesh, shard
 from adamac.moe.routing import Routing
+from adamac.moe.rows import Order
 from adamac.moe.timing import STAGES, StageClock
 
 NAMES = ("all_to_all", "per_rank", "all_gather")
@@ -243,6 +247,27 @@ def counted_bytes(
         output.sum().backward()
         counted[name, True] = _bytes(meter)
     return counted
+
+
+def order_of_arrival(rank: int, config: MoEConfig) -> dict[str, list[str]]:
+    """What each dispatcher does while rows arrive: exchanges that it waits for, and sorts."""
+    done: dict[str, list[str]] = {}
+    for name in NAMES:
+        module, seen = import_module(f"adamac.moe.dispatch.{name}"), done.setdefault(name, [])
+        routing = Routing.even(12, config.top_k, config.num_experts)
+        (sent,) = choose(name, config, dist.group.WORLD).send(torch.randn(12, config.width), routing, Meter())
+
+        def finish(started: Started, seen=seen, finish=module.finish) -> Tensor:
+            seen.append(started.travelling.collective.kind)
+            return finish(started)
+
+        def of(*arguments, seen=seen, **options) -> Order:
+            seen.append("order")
+            return Order.of(*arguments, **options)
+
+        with patch.object(module, "finish", finish), patch.object(module, "Order", Mock(of=of)):
+            sent.arrive()
+    return done
 
 
 def _bytes(meter: Meter) -> tuple[int, int]:

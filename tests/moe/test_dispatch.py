@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from on_ranks import in_half_precision, layer_errors, ways_of_training, worst_errors
+from on_ranks import in_half_precision, layer_errors, order_of_arrival, ways_of_training, worst_errors
 
 from adamac.moe import preset
 from adamac.testing import assert_within_error_budget, run_ranks
@@ -37,6 +37,13 @@ def test_recomputing_and_not_training_change_nothing_and_every_stage_is_timed():
     config = preset("bigmac", **SMALL, shared_ffn=8)
     for found in run_ranks(ways_of_training, 2, config):
         assert found == {"recomputed": 0, "without gradients": 0, "stages unseen": 0}
+
+
+def test_rows_are_waited_for_last():
+    """So that the host, which must know how many there are, and the device sort while the rows travel."""
+    aside = ["metadata", "metadata", "order", "payload"]
+    for done in run_ranks(order_of_arrival, 2, preset("bigmac", **SMALL)):
+        assert done == {"all_to_all": ["order", "payload"], "per_rank": aside, "all_gather": aside}
 
 
 def test_half_precision_errs_no_more_than_on_one_rank():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import subprocess
 import sys
 from dataclasses import replace
@@ -221,6 +223,68 @@ def test_the_layer_needs_torch_alone():
     probe = f"import adamac.moe, sys; print(*[name for name in {names!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+def test_a_layer_that_was_trained_can_be_copied_and_pickled():
+    made, x = layer("bigmac", z_weight=1e-3), torch.randn(5, 16, dtype=torch.float64)
+    output = made(x)
+    made.auxiliary_loss().backward()
+    copied, file = copy.deepcopy(made), io.BytesIO()
+    torch.save(made, file)
+    file.seek(0)
+    for other in (copied, torch.load(file, weights_only=False)):
+        assert (other.losses, other.routing) == ({}, None)
+        assert torch.equal(other(x), output)
+    assert made.losses
+
+
+@pytest.mark.parametrize(
+    ("name", "shared_ffn", "shape"),
+    [
+        ("fine_grained", 4, (2, 3, 16)),
+        ("bigmac", 0, (2, 3, 16)),
+        ("bigmac", 0, (6, 16)),
+        ("bigmac_stable", 0, (6, 16)),
+    ],
+)
+def test_what_the_layer_returns_is_no_view(name, shared_ffn, shape):
+    output = layer(name, shared_ffn=shared_ffn)(torch.randn(*shape, dtype=torch.float64))
+    assert output.shape == shape
+    assert output._base is None
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_layer_can_be_built_on_no_device_and_drawn_later(name):
+    config = preset(name, 56, num_experts=8, top_k=4, ratio=0.5)
+    with torch.device("meta"):
+        made = MoE(config)
+    assert all(parameter.device.type == "meta" for parameter in made.parameters())
+    made, usual = made.to_empty(device="cpu"), MoE(config)
+    for tensor in made.state_dict().values():  # what memory may hold
+        tensor.fill_(7)
+    for each in (made, usual):
+        torch.manual_seed(3)
+        each.reset_parameters()
+    for path, tensor in usual.state_dict().items():
+        assert torch.equal(made.state_dict()[path], tensor), path
+
+
+@pytest.mark.parametrize("hidden", [256, 1024, 4096])
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_runs_through_the_grouped_product_at_ordinary_widths(name, hidden):
+    made = MoE(preset(name, hidden), device="meta")
+    assert [made.experts.runs(dtype) for dtype in (None, torch.bfloat16)] == ["torch", "torch"]
+    assert "grouped products by torch" in repr(made)
+
+
+def test_a_layer_says_that_it_falls_back_to_the_reference():
+    config = MoEConfig(hidden=64, num_experts=8, top_k=2, ffn=20)
+    made = MoE(config)
+    assert made.experts.runs() == "torch"
+    assert made.experts.runs(torch.bfloat16) == "reference"  # 40 bytes are no multiple of 16
+    assert MoE(config, impl="reference").experts.runs() == "reference"
+    with pytest.raises(ValueError, match=r"a row of 20 .* no multiple of 16 bytes"):
+        MoE(config, impl="torch", dtype=torch.bfloat16)
 
 
 def test_a_given_routing_is_used():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from on_ranks import Stack, gradient_errors, read_weights, write_weights
@@ -33,6 +36,23 @@ def test_weights_of_four_ranks_are_read_by_two_and_by_one(tmp_path):
         load_weights(model, path)
         for name, tensor in original.state_dict().items():
             assert torch.equal(model.state_dict()[name], tensor), name
+
+
+def test_weights_are_on_the_disk_before_the_former_file_is_replaced(tmp_path, monkeypatch):
+    path, layer, forced = tmp_path / "layer.safetensors", MoE(CONFIG), []
+    save_weights(layer, path)
+    former, sync = path.read_bytes(), os.fsync
+
+    def seen(descriptor: int) -> None:
+        name = Path(os.readlink(f"/proc/self/fd/{descriptor}")).name
+        forced.append((name, path.read_bytes() == former))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", seen)
+    with torch.no_grad():
+        layer.router.weight.zero_()
+    save_weights(layer, path)
+    assert forced == [("layer.safetensors.part", True), (tmp_path.name, False)]
 
 
 def test_a_damaged_or_foreign_file_is_refused_and_changes_nothing(tmp_path):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import pytest
 
 from adamac.moe import PRESETS, MoEConfig, preset
-from adamac.moe.traffic import bytes_sent, flops_per_token, parameters
+from adamac.moe.traffic import bytes_sent
 
+SHAPE = {"hidden": 64, "num_experts": 8, "top_k": 2, "ffn": 16}
 BASE = preset("fine_grained", 64, num_experts=32, top_k=4)
 
 
@@ -46,12 +50,47 @@ def test_k3_has_the_published_shape():
     assert config.latent_norm
 
 
+@pytest.mark.parametrize("hidden", [256, 512, 1024, 2048, 2560, 4096])
+def test_k3_has_rows_that_the_grouped_product_takes_at_ordinary_widths(hidden):
+    config = preset("k3", hidden)
+    assert config.ffn % 8 == 0
+    assert config.shared_ffn == 2 * config.ffn
+    assert abs(config.ffn - hidden * 3 / 7) <= 4
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_takes_changes(name):
     config = preset(name, 56, num_experts=16, top_k=4, capacity=1.2)
     assert config.capacity == 1.2
-    assert parameters(config) > 0
-    assert flops_per_token(config) > 0
+    assert config == replace(preset(name, 56, num_experts=16, top_k=4), capacity=1.2)
+
+
+def test_a_change_is_of_the_layer_also_where_the_preset_has_a_parameter_of_that_name():
+    config = preset("latent_acc", 64, 16, 2, changes={"top_k": 3, "num_experts": 5, "hidden": 32}, ffn=24)
+    assert (config.top_k, config.num_experts, config.hidden, config.ffn) == (3, 5, 32, 24)
+    assert config.latent == 16  # the share of the preset's own width
+
+
+@pytest.mark.parametrize("kind", ["hidden", "num_experts", "top_k", "ffn", "shared_ffn"])
+@pytest.mark.parametrize("value", [2.0, "2", True, None])
+def test_a_number_of_things_is_a_whole_number(kind, value):
+    with pytest.raises(ValueError, match=f"{kind} must be a whole number; got {value!r}"):
+        MoEConfig(**{**SHAPE, kind: value})
+
+
+@pytest.mark.parametrize("kind", ["gated", "normalise", "latent_norm", "sound_init"])
+@pytest.mark.parametrize("value", ["false", "no", 0, None])
+def test_a_switch_is_true_or_false_and_no_word_for_it(kind, value):
+    with pytest.raises(ValueError, match=f"{kind} must be True or False; got {value!r}"):
+        MoEConfig(**{**SHAPE, "latent": 32, kind: value})
+
+
+@pytest.mark.parametrize("kind", ["balance_weight", "bias_rate", "z_weight", "capacity"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, "abc", True])
+def test_a_weight_is_a_finite_number(kind, value):
+    with pytest.raises(ValueError, match=f"{kind} must be a finite number.*; got {value!r}"):
+        MoEConfig(**{**SHAPE, kind: value})
+    assert getattr(MoEConfig(**{**SHAPE, kind: 1}), kind) == 1
 
 
 @pytest.mark.parametrize(
@@ -60,6 +99,7 @@ def test_every_preset_takes_changes(name):
         ({"top_k": 9}, "top_k is 9 but there are only 8 experts"),
         ({"latent": 65}, r"latent must lie in 1..hidden \(64\); got 65"),
         ({"latent": 0}, "latent must lie in"),
+        ({"latent": 8.5}, "latent must be a whole number or None; got 8.5"),
         ({"latent_norm": True}, "latent_norm needs a latent width"),
         ({"ffn": 0}, "ffn must be at least 1; got 0"),
         ({"capacity": 0.0}, "capacity must be above 0"),
@@ -71,7 +111,7 @@ def test_every_preset_takes_changes(name):
 )
 def test_what_cannot_be_built_is_refused_in_one_line(wrong, message):
     with pytest.raises(ValueError, match=message) as refusal:
-        MoEConfig(**{"hidden": 64, "num_experts": 8, "top_k": 2, "ffn": 16, **wrong})
+        MoEConfig(**{**SHAPE, **wrong})
     assert "\n" not in str(refusal.value)
 
 

@@ -133,6 +133,55 @@ def test_an_even_routing_loads_all_experts_alike_with_sets_at_random():
 
 def test_half_precision_leaves_the_bias_accurate():
     made, _ = router(balance="bias")
+    made.bias.normal_()
+    before = made.bias.clone()
     made.bfloat16()
     assert made.weight.dtype == torch.bfloat16
+    assert torch.equal(made.bias, before)
+    made.to("meta", torch.float16)
+    assert (made.bias.device.type, made.bias.dtype) == ("meta", torch.float32)
+
+
+def test_a_router_built_in_half_precision_has_an_accurate_bias():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        made, _ = router(balance="bias")
+    finally:
+        torch.set_default_dtype(torch.float32)
     assert made.bias.dtype == torch.float32
+
+
+def test_a_token_whose_sigmoids_all_underflow_leaves_losses_and_gradients_finite():
+    made, x = router(tokens=1, score="sigmoid", z_weight=1e-3)
+    made.float()
+    made.weight.data.abs_()
+    x = torch.full((1, 16), -1e3, requires_grad=True)
+    routing, losses = made(x)
+    assert not routing.weights.any()  # no score is left
+    (1e3 * (sum(losses.values()) + routing.weights.sum())).backward()
+    assert all(value.isfinite() for value in losses.values())
+    assert x.grad.isfinite().all()
+    assert made.weight.grad.isfinite().all()
+
+
+def test_a_router_keeps_tokens_of_half_precision_as_they_are():
+    made, x = router(tokens=400)
+    made, kept = made.bfloat16(), []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.append((tuple(tensor.shape), tensor.dtype)) or tensor, lambda tensor: tensor
+    ):
+        made(x.bfloat16().requires_grad_())
+    assert {dtype for shape, dtype in kept if shape == (400, 16)} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_gradients_of_the_router_are_those_of_a_linear_map_in_its_precision(dtype):
+    made, x = router(balance="loss", z_weight=0.1)
+    made, x = made.to(dtype), x.to(dtype).requires_grad_()
+    _, losses = made(x)
+    found = torch.autograd.grad(losses["z"], (x, made.weight))
+    precise = [leaf.detach().to(torch.promote_types(dtype, torch.float32)) for leaf in (x, made.weight)]
+    rows, weight = (leaf.requires_grad_() for leaf in precise)
+    expected = torch.autograd.grad((rows @ weight.T).logsumexp(-1).square().mean(), (rows, weight))
+    for gradient, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(gradient, right.to(dtype))

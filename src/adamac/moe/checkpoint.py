@@ -7,6 +7,7 @@ complete. Optimiser states are not part of it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -56,11 +57,22 @@ def _write(weights: dict[str, Tensor], path: Path) -> str | None:
     part = path.with_name(path.name + ".part")
     try:
         save_file(weights, part)
+        _force(part)  # else a power cut may leave the new name with nothing behind it
         part.replace(path)
+        _force(path.parent)
     except (OSError, SafetensorError) as error:
         part.unlink(missing_ok=True)
         return str(error)
     return None
+
+
+def _force(path: Path) -> None:
+    """Have a file or a folder written to the disk itself."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @torch.no_grad()

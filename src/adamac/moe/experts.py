@@ -8,12 +8,13 @@ it, it starts the same.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from adamac.moe.presets import MoEConfig
-from adamac.ops.grouped_mm import GroupedImpl, grouped_mm
+from adamac.ops.grouped_mm import GroupedImpl, chosen, grouped_mm
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": nn.functional.gelu,
@@ -47,6 +48,7 @@ class Experts(nn.Module):
         wide = 2 * config.ffn if config.gated else config.ffn
         self.up = nn.Parameter(torch.empty(number, config.width, wide, device=device, dtype=dtype))
         self.down = nn.Parameter(torch.empty(number, config.ffn, config.width, device=device, dtype=dtype))
+        self.runs()  # refuses an implementation that cannot run
 
     def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
         """Let each expert answer its rows.
@@ -60,6 +62,29 @@ class Experts(nn.Module):
         """
         inner = grouped_mm(rows, self.up.to(rows.dtype), counts, impl=self.impl)
         return grouped_mm(activate(inner, self.config), self.down.to(rows.dtype), counts, impl=self.impl)
+
+    def runs(self, dtype: torch.dtype | None = None) -> Literal["torch", "reference"]:
+        """Say which implementation of the grouped product these experts run through.
+
+        ``"reference"``, a loop that waits for the device, is what ``impl="auto"`` falls back to, above all where a width is no
+        multiple of 16 bytes.
+
+        Args:
+            dtype: Of the rows; ``None`` means that of the parameters.
+
+        Raises:
+            ValueError: If ``impl`` is unknown, or is ``"torch"`` and cannot run.
+        """
+        picked: list[Literal["torch", "reference"]] = []
+        for matrices in (self.up, self.down):
+            rows = torch.empty(0, matrices.shape[1], dtype=dtype or matrices.dtype, device=matrices.device)
+            picked.append(chosen(self.impl, rows, matrices))
+        return "torch" if set(picked) == {"torch"} else "reference"
+
+    def extra_repr(self) -> str:
+        """What distinguishes the experts in a printed model."""
+        runs = self.runs() if self.impl == "auto" else self.impl
+        return f"{len(self.up)} from {self.first}, grouped products by {runs}"
 
     @torch.no_grad()
     def draw(self, up_std: float, down_std: float, seed: int) -> None:

@@ -10,6 +10,8 @@ What reads the full width: the router and the shared expert. What is sent, and w
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -122,11 +124,12 @@ class MoE(nn.Module):
             rows = _autocast(self.descend(tokens))
         answers, shared = self._routed(tokens, rows, routing, meter)
         with clock.stage("ascend"):
-            output = self.ascend(self.norm(answers)).to(x.dtype)
+            # Shaped before it is widened, not after: FSDP2 warns of a layer that returns a view.
+            output = self.ascend(self.norm(_shaped(answers, x))).to(x.dtype)
         if shared is not None:
-            output = output + shared.to(x.dtype)
+            output = output + _shaped(shared, x).to(x.dtype)
         self.traffic, self.routing = meter.traffic, routing.detached()
-        return output.view(x.shape)
+        return output
 
     def _routed(
         self, tokens: Tensor, rows: Tensor, routing: Routing, meter: Meter
@@ -171,7 +174,7 @@ class MoE(nn.Module):
         load.zero_()
 
     def reset_parameters(self, residual_scale: float = 1.0) -> None:
-        """Draw all matrices anew.
+        """Draw all matrices anew, and forget the bias of the choice.
 
         Args:
             residual_scale: What the matrices that write to the residual are scaled by, usually ``(2 * layers) ** -0.5``.
@@ -183,7 +186,7 @@ class MoE(nn.Module):
             return fan_in**-0.5 if sound else _STD
 
         inner_scale = 1.0 if sound and config.latent is not None else residual_scale
-        seed = int(torch.randint(2**62, ()))
+        seed = int(torch.randint(2**62, (), device="cpu"))  # also where "meta" is the default device
         nn.init.normal_(self.router.weight, std=std(config.hidden))
         self.experts.draw(std(config.width), std(config.ffn) * inner_scale, seed)
         if isinstance(self.descend, nn.Linear):
@@ -195,6 +198,13 @@ class MoE(nn.Module):
             nn.init.normal_(self.shared.down.weight, std=std(config.shared_ffn) * residual_scale)
         if isinstance(self.norm, nn.RMSNorm):
             self.norm.reset_parameters()
+        for held in (self.router.bias, self.router.load):
+            if held is not None:
+                held.zero_()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy takes along: not what the last forward pass left, whose losses hang on its graph."""
+        return {**super().__getstate__(), "losses": {}, "traffic": Traffic(), "routing": None}
 
     def extra_repr(self) -> str:
         """What distinguishes the layer in a printed model."""
@@ -211,6 +221,12 @@ def _check_routing(routing: Routing, tokens: int, config: MoEConfig) -> None:
         raise ValueError(
             f"expected a routing of {expected[0]} tokens to {expected[1]} experts; got one of {got[0]} to {got[1]}"
         )
+
+
+def _shaped(rows: Tensor, like: Tensor) -> Tensor:
+    """Rows in the shape of the layer's input, but for their width."""
+    shape = (*like.shape[:-1], rows.shape[-1])
+    return rows if rows.shape == shape else rows.view(shape)
 
 
 def _autocast(rows: Tensor) -> Tensor:

@@ -21,9 +21,11 @@ router, balance loss 1e-3); ``bigmac_stable`` adds what later work found that fo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from types import NoneType
+from typing import Any, Literal, get_args, get_type_hints
 
 Activation = Literal["gelu", "relu", "silu", "relu2"]
 Score = Literal["softmax", "sigmoid"]
@@ -78,6 +80,8 @@ class MoEConfig:
         Raises:
             ValueError: Naming the field, what was expected and what was given.
         """
+        for name, annotation in get_type_hints(MoEConfig).items():
+            _check_type(name, getattr(self, name), annotation)
         for name in ("hidden", "num_experts", "top_k", "ffn"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
@@ -153,8 +157,11 @@ def latent_acc(hidden: int, num_experts: int, top_k: int, ratio: float) -> dict[
 
 
 def k3(hidden: int, num_experts: int, top_k: int, ratio: float) -> dict[str, Any]:
-    """Gated latent experts of inner width 3/7 h with two shared ones (published: h 7168, r 1/2, 896 experts, top-16)."""
-    ffn = round(hidden * 3 / 7)
+    """Gated latent experts of inner width 3/7 h with two shared ones (published: h 7168, r 1/2, 896 experts, top-16).
+
+    The inner width is the nearest multiple of 8, whose rows the grouped matrix product takes in any dtype; 3/7 h is one at 7168.
+    """
+    ffn = 8 * max(1, round(hidden * 3 / 7 / 8))
     return bigmac_stable(hidden, num_experts, top_k, ratio) | {
         "ffn": ffn,
         "gated": True,
@@ -172,7 +179,14 @@ PRESETS = tuple(_SHAPES)
 
 
 def preset(
-    name: str, hidden: int, num_experts: int = 64, top_k: int = 8, ratio: float = 0.25, **changes: Any
+    name: str,
+    hidden: int,
+    num_experts: int = 64,
+    top_k: int = 8,
+    ratio: float = 0.25,
+    *,
+    changes: Any = None,
+    **fields_changed: Any,
 ) -> MoEConfig:
     """Make a layer of a published shape.
 
@@ -182,7 +196,9 @@ def preset(
         num_experts: Of the fine-grained baseline; ``vanilla`` has fewer, the latent shapes more.
         top_k: Of the fine-grained baseline; ``vanilla`` takes fewer, ``latent_acc`` more.
         ratio: r, the narrow width as a share of ``hidden``.
-        **changes: Fields of :class:`MoEConfig` that differ from the preset.
+        changes: A mapping of the fields of :class:`MoEConfig` that differ from the preset, any of them: ``{"top_k": 3}`` is
+            the layer's own number, whatever the preset makes of ``top_k``. ``None`` means none.
+        **fields_changed: The same as keywords, for fields that are no parameter here.
 
     Raises:
         ValueError: If the name or a changed field is unknown, or the shape cannot be built.
@@ -191,11 +207,30 @@ def preset(
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}; got {name!r}")
     if not 0 < ratio <= 1:
         raise ValueError(f"ratio must lie in (0, 1]; got {ratio}")
-    unknown = set(changes) - {field.name for field in fields(MoEConfig)}
+    changed = {**(changes or {}), **fields_changed}
+    unknown = set(changed) - {field.name for field in fields(MoEConfig)}
     if unknown:
         raise ValueError(f"MoEConfig has no field {', '.join(sorted(unknown))}")
-    shape: dict[str, Any] = {"hidden": hidden, **_SHAPES[name](hidden, num_experts, top_k, ratio), **changes}
-    return MoEConfig(**shape)
+    shape: dict[str, Any] = {"hidden": hidden, **_SHAPES[name](hidden, num_experts, top_k, ratio)}
+    return MoEConfig(**shape | changed)
+
+
+# What a field may hold, by what it is annotated with; a choice of words is checked against the words.
+_KINDS: dict[type, str] = {int: "a whole number", float: "a finite number", bool: "True or False"}
+
+
+def _check_type(name: str, value: Any, annotation: Any) -> None:
+    kinds = get_args(annotation) or (annotation,)  # of ``int | None`` both
+    kind = next((kind for kind in kinds if kind in _KINDS), None)
+    if kind is None or (value is None and NoneType in kinds):
+        return
+    # A bool is an int to Python, and a whole number is as good as a float.
+    fits = isinstance(value, (int, float) if kind is float else kind) and (kind is bool) == isinstance(
+        value, bool
+    )
+    if not fits or (kind is float and not math.isfinite(value)):
+        also = " or None" if NoneType in kinds else ""
+        raise ValueError(f"{name} must be {_KINDS[kind]}{also}; got {value!r}")
 
 
 def _part(hidden: int, ratio: float) -> int:

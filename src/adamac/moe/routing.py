@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -106,7 +107,8 @@ class Router(nn.Module):
         self.bias: Tensor | None
         self.load: Tensor | None
         biased = config.balance == "bias"
-        self.register_buffer("bias", torch.zeros(config.num_experts, device=device) if biased else None)
+        zeros = torch.zeros(config.num_experts, device=device, dtype=torch.float32) if biased else None
+        self.register_buffer("bias", zeros)
         # Tokens by expert since the last change of the bias; no part of a checkpoint.
         held = torch.zeros(config.num_experts, device=device, dtype=torch.int64) if biased else None
         self.register_buffer("load", held, persistent=False)
@@ -123,12 +125,12 @@ class Router(nn.Module):
         """
         config = self.config
         with torch.autocast(tokens.device.type, enabled=False):
-            logits = nn.functional.linear(accurate(tokens), accurate(self.weight).to(accurate(tokens).dtype))
+            logits = _Logits.apply(tokens, self.weight)
         scores = logits.softmax(-1) if config.score == "softmax" else logits.sigmoid()
         experts = self._choose(scores)
         weights = scores.gather(1, experts)
         if config.normalise:
-            weights = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+            weights = _normalised(weights)
         routing = Routing(
             experts,
             weights,
@@ -151,10 +153,11 @@ class Router(nn.Module):
         self.bias += self.config.bias_rate * (load.mean() - load).sign()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
-        """Move or cast the router; the bias stays accurate, as its steps would vanish in half precision."""
+        """Move or cast the router; the bias is only moved, as its steps would vanish in half precision."""
+        before = self.bias
         super()._apply(fn, recurse)
-        if self.bias is not None:
-            self.bias = accurate(self.bias)
+        if before is not None and self.bias is not None and self.bias.dtype != before.dtype:
+            self.bias = before.to(self.bias.device)
         return self
 
     def _choose(self, scores: Tensor) -> Tensor:
@@ -172,11 +175,45 @@ class Router(nn.Module):
         if self.config.balance == "loss":
             load = Routing(experts, scores, self.config.num_experts).load()
             share = load.to(scores.dtype) / (tokens * self.config.top_k)
-            mass = (scores / scores.sum(-1, keepdim=True)).sum(0) / tokens
+            mass = _normalised(scores).sum(0) / tokens
             losses["balance"] = self.config.num_experts * (share * mass).sum()
         if self.config.z_weight:
             losses["z"] = logits.logsumexp(-1).square().sum() / tokens
         return losses
+
+
+class _Logits(torch.autograd.Function):
+    """The router's linear map, accurate whatever the dtype; what is kept for the backward are the tokens as they came.
+
+    Autograd by itself would keep a copy of all tokens in float32, twice as large as they are in half precision.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens, weight)
+        rows = accurate(tokens)
+        return nn.functional.linear(rows, weight.to(rows.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        (gradient,), (tokens, weight) = gradients, ctx.saved_tensors
+        of_tokens, of_weight = None, None
+        with torch.autocast(gradient.device.type, enabled=False):
+            if ctx.needs_input_grad[0]:
+                of_tokens = (gradient @ weight.to(gradient.dtype)).to(tokens.dtype)
+            if ctx.needs_input_grad[1]:
+                of_weight = (gradient.T @ tokens.to(gradient.dtype)).to(weight.dtype)
+        return of_tokens, of_weight
+
+
+# Sigmoids of one token may all underflow. A sum is taken to be at least this: small enough to change nothing else, and large
+# enough that a gradient divided by it is finite (and zero, times the slope of such a sigmoid).
+_LEAST_SUM = 1e-20
+
+
+def _normalised(scores: Tensor) -> Tensor:
+    """Scores scaled to add up to 1 over the last axis."""
+    return scores / scores.sum(-1, keepdim=True).clamp_min(_LEAST_SUM)
 
 
 def beyond_capacity(experts: Tensor, weights: Tensor, num_experts: int, room: int) -> Tensor:

@@ -76,14 +76,19 @@ class _Gathered:
     weights: Tensor | None = None
 
     def arrive(self) -> tuple[Tensor, Tensor]:
+        # What is small is read and sorted while the rows still travel.
+        *aside, payload = self.travelling
         with self.meter.clock.stage("send"):
-            experts, self.weights, rows = (finish(travelling) for travelling in self.travelling)
+            experts, self.weights = (finish(travelling) for travelling in aside)
         with self.meter.clock.stage("permute"):
             here = experts.long() - self.first
             here = here.masked_fill((here < 0) | (here >= self.local), self.local).flatten()
             labels, flat = narrow(here, self.local).sort(stable=True)
             counts = segment_lengths(labels, self.local)
             self.order = Order.of(flat[: int(counts.sum())], *experts.shape, full=False)
+        with self.meter.clock.stage("send"):
+            rows = finish(payload)
+        with self.meter.clock.stage("permute"):
             return spread(rows, self.order), counts
 
     def reply(self, rows: Tensor) -> None:

@@ -107,12 +107,14 @@ class _Copies:
     regrouped: Order | None = None
 
     def arrive(self) -> tuple[Tensor, Tensor]:
+        with self.meter.clock.stage("permute"):  # the order is found while the rows still travel
+            counts = self.there.sum(0)
+            if min(self.there.shape) > 1:  # else rank after rank is expert after expert already
+                self.regrouped = _expert_by_expert(self.there, sum(self.splits.back))
         with self.meter.clock.stage("send"):
             rows = finish(self.travelling)
-        counts = self.there.sum(0)
-        if min(self.there.shape) > 1:  # else rank after rank is expert after expert already
+        if self.regrouped is not None:
             with self.meter.clock.stage("permute"):
-                self.regrouped = _expert_by_expert(self.there, len(rows))
                 rows = spread(rows, self.regrouped)
         return rows, counts
 

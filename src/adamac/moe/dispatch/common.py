@@ -58,7 +58,8 @@ class Dispatcher(Protocol):
             Each chunk, in the order of the tokens.
 
         Raises:
-            ValueError: If a rank's router gave NaN or infinity. Every rank raises it, so that none is left waiting.
+            ValueError: If the router of a rank of the group gave NaN or infinity. Every rank of the group raises it, so that
+                none of them is left waiting; ranks beyond it, the other rows of a grid, learn nothing of it.
         """
         ...
 

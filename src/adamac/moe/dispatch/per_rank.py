@@ -153,19 +153,26 @@ class _Copies:
     weights: Tensor | None = None
 
     def arrive(self) -> tuple[Tensor, Tensor]:
+        # What is small is read and sorted while the rows still travel.
+        *aside, payload = self.travelling
+        copies = sum(self.splits.back)
         with self.meter.clock.stage("send"):
-            marked, weights, rows = (finish(travelling) for travelling in self.travelling)
+            marked, weights = (finish(travelling) for travelling in aside)
         with self.meter.clock.stage("permute"):
             marked = marked.squeeze(1)
             row = (marked & 1).cumsum(0) - 1
             # A row's choices lie together: a choice's place among them is its distance from the first.
-            begins = torch.searchsorted(row, torch.arange(len(rows), device=row.device))
+            begins = torch.searchsorted(row, torch.arange(copies, device=row.device))
             slot = row * self.slots + torch.arange(len(row), device=row.device) - begins[row]
             experts, by_expert = narrow(marked >> 1, self.local).sort(stable=True)
-            self.order = Order.of(slot[by_expert], len(rows), self.slots, full=False)
-            empty = weights.new_zeros(len(rows) * self.slots)
-            self.weights = empty.index_put((slot,), weights.squeeze(1)).view(len(rows), self.slots)
-            return spread(rows, self.order), segment_lengths(experts, self.local)
+            self.order = Order.of(slot[by_expert], copies, self.slots, full=False)
+            empty = weights.new_zeros(copies * self.slots)
+            self.weights = empty.index_put((slot,), weights.squeeze(1)).view(copies, self.slots)
+            counts = segment_lengths(experts, self.local)
+        with self.meter.clock.stage("send"):
+            rows = finish(payload)
+        with self.meter.clock.stage("permute"):
+            return spread(rows, self.order), counts
 
     def reply(self, rows: Tensor) -> None:
         assert self.order is not None, "rows are answered after they have arrived"

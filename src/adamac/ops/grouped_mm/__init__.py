@@ -1,8 +1,9 @@
 """One matrix product a group: rows that are sorted by group, each group with a matrix of its own (the experts of a layer).
 
-``torch`` is PyTorch's grouped matrix product, one kernel for all groups on a GPU; it takes float32, bfloat16 and float16 rows
-whose lengths are multiples of 16 bytes. ``reference`` is a loop over the groups that takes anything and says what is meant; it
-waits for the device, since it has to know how long each group is.
+``torch`` is PyTorch's grouped matrix product; it takes float32, bfloat16 and float16 rows whose lengths are multiples of 16 bytes.
+On a GPU it is one kernel for all groups in bfloat16 on Hopper and Blackwell (compute capability 9.0 and 10.0) alone; in float32
+and float16, and on other GPUs, PyTorch itself loops over the groups and waits for the device to know how long each is.
+``reference`` is such a loop that takes anything and says what is meant.
 """
 
 from __future__ import annotations
