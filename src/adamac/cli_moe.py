@@ -6,14 +6,14 @@ repeat so that help answers without loading torch.
 
 from __future__ import annotations
 
-import ast
 import os
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -165,7 +165,7 @@ def moe_train(options: MoeTrain, console: Console) -> int:
 
     from adamac.moe.lm.learner import Diverged
     from adamac.moe.lm.train import train
-    from adamac.moe.lm.world import World
+    from adamac.moe.lm.world import Left, World
 
     recipe = _recipe(options)
     if options.threads < 1:
@@ -176,8 +176,9 @@ def moe_train(options: MoeTrain, console: Console) -> int:
     try:
         with _Watching(console) as watching:
             result = train(recipe, options.out, resume=options.resume, world=world, watcher=watching)
-    except Diverged as error:
-        Console(stderr=True).print(f"adamac: {error}", markup=False, highlight=False, soft_wrap=True)
+    except (Diverged, Left) as error:
+        who = "adamac" if world.first else f"adamac: rank {world.rank}"
+        Console(stderr=True).print(f"{who}: {error}", markup=False, highlight=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
         console.print(f"broken off; go on with the same command and --resume: {options.out}", highlight=False)
@@ -324,13 +325,32 @@ def _recipe(options: MoeTrain) -> Recipe:
 
 
 def _change(text: str) -> tuple[str, Any]:
+    """Read ``name=value`` as the field of that name is annotated."""
+    from adamac.moe.presets import MoEConfig
+
     name, equals, value = text.partition("=")
     if not equals:
         raise BadInput(f"change must be name=value, got {text!r}")
+    kinds = get_type_hints(MoEConfig)
+    if name not in kinds:
+        raise BadInput(f"change: there is no field {name}; expected one of {', '.join(kinds)}")
+    alternatives = get_args(kinds[name]) if isinstance(kinds[name], UnionType) else (kinds[name],)
+    if NoneType in alternatives and value.lower() == "none":
+        return name, None
+    read, expected = _READERS.get(alternatives[0], (str, "a word"))
     try:
-        return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return name, value
+        return name, read(value)
+    except (ValueError, KeyError):
+        also = " or none" if NoneType in alternatives else ""
+        raise BadInput(f"change: {name} must be {expected}{also}, got {value!r}") from None
+
+
+_TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+_READERS: dict[type, tuple[Callable[[str], Any], str]] = {
+    bool: (lambda text: _TRUTH[text.lower()], "true or false"),
+    int: (int, "a whole number"),
+    float: (float, "a number"),
+}
 
 
 def _duration(seconds: float) -> str:

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from babble import tiny_recipe
 
-from adamac.moe.lm.checkpoint import KEPT, latest_checkpoint, load_model, load_tokenizer
+from adamac.moe.lm.checkpoint import (
+    KEPT,
+    latest_checkpoint,
+    load_model,
+    load_tokenizer,
+    read_parts,
+    read_tensors,
+)
 from adamac.moe.lm.evaluate import bits_per_byte
 from adamac.moe.lm.train import train
 
@@ -42,6 +50,28 @@ def test_evaluation_does_not_depend_on_the_batch(run, corpus):
     model = load_model(run[0]).double()
     one, other = (bits_per_byte(model, corpus, tokens=300, batch=batch) for batch in (1, 7))
     assert one == pytest.approx(other, rel=1e-12)
+
+
+def test_evaluation_of_a_model_with_a_capacity_does_not_depend_on_the_batch_either(run, corpus):
+    model = load_model(run[0]).double()
+    dropless = bits_per_byte(model, corpus, tokens=300, batch=1)
+    for moe in model.moes:
+        moe.router.config = replace(moe.router.config, capacity=0.5)
+    model.config = replace(model.config, moe=replace(model.config.moe, capacity=0.5))
+    assert bits_per_byte(model, corpus, tokens=300, batch=7) == pytest.approx(dropless, rel=1e-12)
+    assert all(moe.router.config.capacity == 0.5 for moe in model.moes)
+
+
+def test_a_rank_reads_its_part_and_no_more(run):
+    file = latest_checkpoint(run[0] / "checkpoints") / "optimizer.safetensors"
+    whole = read_tensors(file)
+    parts = read_parts(
+        file, lambda name, length: slice(1, 3) if ".moe.experts." in name else slice(0, length)
+    )
+    assert parts.keys() == whole.keys()
+    for name, tensor in whole.items():
+        divided = ".moe.experts." in name and tensor.ndim
+        assert torch.equal(parts[name], tensor[1:3] if divided else tensor)
 
 
 def test_bits_per_byte_is_the_length_of_the_code(run, corpus):

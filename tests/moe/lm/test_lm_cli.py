@@ -7,7 +7,7 @@ from dataclasses import fields
 import pytest
 
 from adamac import cli
-from adamac.cli_moe import MoeTrain
+from adamac.cli_moe import MoeTrain, _recipe
 from adamac.moe.lm.recipe import Recipe
 
 TINY = [
@@ -62,6 +62,22 @@ def test_a_run_is_resumed_or_left_alone(trained, capsys):
     assert "was begun with lr 0.006 (now 0.1)" in " ".join(capsys.readouterr().err.split())
 
 
+def test_changes_mean_what_they_say():
+    texts = (
+        "gated=false",
+        "normalise=no",
+        "sound_init=True",
+        "capacity=1",
+        "latent=none",
+        "activation=silu",
+        "top_k=3",
+    )
+    recipe = _recipe(MoeTrain(preset="k3", hidden=56, change=(*texts, "latent_norm=false")))
+    experts = recipe.model(300).moe
+    assert (experts.gated, experts.normalise, experts.sound_init) == (False, False, True)
+    assert (experts.capacity, experts.latent, experts.activation, experts.top_k) == (1.0, None, "silu", 3)
+
+
 def test_options_are_the_recipes_with_the_same_defaults():
     default = Recipe()
     for option in fields(MoeTrain):
@@ -82,6 +98,12 @@ def test_options_are_the_recipes_with_the_same_defaults():
         (["train", "--change", "capacity"], "change must be name=value"),
         (["train", "--change", "capacty=1"], "no field capacty"),
         (["train", "--change", "capacity=0"], "capacity must be above 0"),
+        (["train", "--change", "capacity=abc"], "capacity must be a number or none, got 'abc'"),
+        (["train", "--change", "ffn=20.5"], "ffn must be a whole number, got '20.5'"),
+        (["train", "--change", "gated=perhaps"], "gated must be true or false, got 'perhaps'"),
+        (["train", "--change", "balance_weight=nan"], "balance_weight must be"),
+        (["train", "--change", "score=tanh"], "score must be one of softmax, sigmoid"),
+        (["train", "--change", "hidden=32"], "the experts are for hidden 32, the model has 128"),
         (["train", "--top-k", "99"], "top_k is 99"),
         (["train", "--experts", "5", "--expert-ranks", "2"], "expert_ranks must divide the 1 ranks"),
         (["train", "--threads", "0"], "threads must be at least 1"),

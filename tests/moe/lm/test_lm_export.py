@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from adamac.integrations.transformers import export
 from adamac.moe.lm.checkpoint import load_model, load_tokenizer
 from adamac.moe.lm.generate import generate
+from adamac.moe.lm.model import GPT
 from adamac.moe.lm.train import train
 
 PROMPTS = ["the owl sees a ball", "fish", "deep water and rain"]
@@ -51,6 +52,38 @@ def test_generation_of_a_padded_batch_is_equal(run):
     expected = generate(ours, ids, tokens=6, temperature=0, end=tokenizer.end)
     found = [row[: row.index(tokenizer.end)] if tokenizer.end in row else row for row in output.tolist()]
     assert found == expected
+
+
+@pytest.mark.parametrize("padding", [0, 3])
+def test_a_static_cache_gives_the_same_tokens(run, corpus, padding):
+    model, ids = loaded(run, dtype=torch.float64), torch.randint(corpus.vocab - 1, (2, 8))
+    mask = torch.ones_like(ids)
+    mask[1, :padding] = 0
+    one, other = (
+        model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False, cache_implementation=kind)
+        for kind in ("dynamic", "static")
+    )
+    assert one.shape[1] > 8
+    assert torch.equal(one, other)
+
+
+def test_layers_hear_of_padding_only_where_there_is_some(run, corpus, monkeypatch):
+    views = []
+
+    def watched(gpt, ids, view=None, own=GPT.features):
+        views.append(view)
+        return own(gpt, ids, view)
+
+    monkeypatch.setattr(GPT, "features", watched)
+    model, ids = loaded(run), torch.randint(corpus.vocab - 1, (2, 8))
+    mask = torch.ones_like(ids)
+    model.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False)
+    assert [(view.mask, view.valid) for view in views] == [(None, None)] * len(views)
+    views.clear()
+    mask[1, :3] = 0
+    model.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False)
+    assert [view.valid is None for view in views] == [False] + [True] * (len(views) - 1)
+    assert all(view.mask is not None for view in views)
 
 
 def test_the_tokenizer_is_ours_with_the_end_before_every_text(run):

@@ -15,12 +15,16 @@ from pathlib import Path
 import pytest
 import torch
 from babble import tiny_recipe
+from safetensors import SafetensorError
 
+from adamac.moe.lm import checkpoint
 from adamac.moe.lm import corpus as preparing
 from adamac.moe.lm import learner as learning
 from adamac.moe.lm.checkpoint import latest_checkpoint, load_model, read_tensors
-from adamac.moe.lm.corpus import is_corpus
+from adamac.moe.lm.corpus import Order, is_corpus, unigram_bits_per_byte
+from adamac.moe.lm.evaluate import bits_per_byte
 from adamac.moe.lm.learner import Diverged
+from adamac.moe.lm.model import GPT
 from adamac.moe.lm.recipe import Recipe
 from adamac.moe.lm.train import read_rows, train
 
@@ -42,9 +46,10 @@ def facts(directory: Path) -> list[dict]:
     return [{key: value for key, value in row.items() if key not in timed} for row in read_rows(directory)]
 
 
-def weights(directory: Path) -> dict[str, torch.Tensor]:
+def weights(directory: Path, *names: str) -> dict[str, torch.Tensor]:
     folder = latest_checkpoint(directory / "checkpoints")
-    return read_tensors(folder / "model.safetensors") | read_tensors(folder / "optimizer.safetensors")
+    files = (folder / f"{name}.safetensors" for name in names or ("model", "optimizer"))
+    return {name: tensor for file in files for name, tensor in read_tensors(file).items()}
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -116,9 +121,100 @@ def test_rows_say_what_happened(recipe, tmp_path):
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert [row["tokens"] for row in rows] == [64 * step for step in range(1, 7)]
     assert [row["bits_per_byte"] is not None for row in rows] == [False, False, True, False, False, True]
-    assert all(1 <= row["imbalance"] <= recipe.num_experts for row in rows)
-    assert all(row["losses"]["balance"] >= 0 for row in rows)
     assert rows[0]["time_s"] < rows[-1]["time_s"]
+
+
+def test_the_first_row_is_of_the_untrained_model(recipe, corpus, tmp_path):
+    train(recipe, tmp_path / "run")
+    row = read_rows(tmp_path / "run")[0]
+    torch.manual_seed(recipe.seed)
+    model = GPT(recipe.model(corpus.vocab))
+    inputs, targets = Order(corpus.train_tokens, recipe.context, recipe.seed).batch(0, recipe.batch)
+    loss = torch.nn.functional.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+    loads = torch.stack([moe.routing.load() for moe in model.moes]).double()
+    assert row["loss"] == pytest.approx(loss.item())
+    assert row["imbalance"] == pytest.approx((loads.amax(1) / loads.mean(1)).mean().item())
+    balance = torch.stack([moe.losses["balance"] for moe in model.moes]).mean()
+    assert row["losses"] == {"balance": pytest.approx(balance.item())}
+
+
+def test_it_is_evaluated_without_capacity_and_trained_with_it(corpus, tmp_path):
+    recipe = tiny_recipe(corpus, moe={"capacity": 0.5})
+    result = train(recipe, tmp_path / "run", dtype=torch.float64)
+    model = GPT(recipe.model(corpus.vocab).dropless()).double()
+    checkpoint.load_weights(model, weights(tmp_path / "run", "model"), tmp_path)
+    alone = bits_per_byte(model, corpus, tokens=recipe.eval_tokens, batch=1)
+    assert result.bits_per_byte == pytest.approx(alone, rel=1e-12)
+    train(replace(recipe, moe={}), tmp_path / "all", dtype=torch.float64)
+    assert not same(weights(tmp_path / "run"), weights(tmp_path / "all"))
+
+
+def test_the_unigram_figure_is_of_the_text_that_the_model_was_measured_on(corpus, tmp_path):
+    result = train(tiny_recipe(corpus, eval_tokens=40), tmp_path / "run")
+    read = corpus.held_out_tokens[1 : 2 * 16 + 1]  # two windows of 16
+    assert result.unigram_bits_per_byte == pytest.approx(unigram_bits_per_byte(corpus, read), rel=1e-12)
+
+
+def test_a_run_may_go_on_with_another_rhythm_and_another_spelling_of_its_data(
+    text, tmp_path, corpus, monkeypatch
+):
+    monkeypatch.chdir(text.parent)
+    recipe = tiny_recipe(corpus, data=(text.name,), separator="=====", held_out=0.2, vocab=300)
+    train(recipe, tmp_path / "run")
+    other = replace(recipe, data=(f"./{text.name}",), save_every=1, log_every=2, eval_every=5)
+    assert train(other, tmp_path / "run", resume=True).steps == recipe.steps
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"recipe": []}'])
+def test_a_damaged_run_is_refused(recipe, tmp_path, content):
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(
+        ValueError, match=r"run\.json is damaged: expected an object with recipe|not a recipe"
+    ):
+        train(recipe, tmp_path, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"), [("[]", "an object with step"), ('{"step": "a", "time_s": 0}', "numbers")]
+)
+def test_a_damaged_state_is_refused(recipe, tmp_path, content, problem):
+    train(recipe, tmp_path / "run")
+    (latest_checkpoint(tmp_path / "run" / "checkpoints") / "state.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"state\.json is damaged: expected {problem}"):
+        train(recipe, tmp_path / "run", resume=True)
+
+
+def test_what_is_wrong_with_the_code_is_not_called_divergence(recipe, tmp_path, monkeypatch):
+    def broken(model, ids, view=None):
+        raise ValueError("expected rows of another width")
+
+    monkeypatch.setattr(GPT, "features", broken)
+    with pytest.raises(ValueError, match=r"^expected rows of another width$"):
+        train(recipe, tmp_path / "run")
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_former(recipe, tmp_path, monkeypatch):
+    def full(tensors, file, own=checkpoint.save_file):
+        if "step-00000004" in str(file) and file.name == "optimizer.safetensors":
+            raise SafetensorError("I/O error: No space left on device")
+        own(tensors, file)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match=r"cannot write .*step-00000004: .*No space left"):
+        train(recipe, tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+def test_a_model_that_a_step_spoilt_ends_the_run_at_its_evaluation(recipe, tmp_path, monkeypatch):
+    def spoil(learner, step, order, own=learning.Learner.update):
+        update = own(learner, step, order)
+        with torch.no_grad():
+            learner.model.embedding.weight[:] = math.nan
+        return update
+
+    monkeypatch.setattr(learning.Learner, "update", spoil)
+    with pytest.raises(Diverged, match="step 1 left a model whose numbers are not finite"):
+        train(replace(recipe, eval_every=1), tmp_path / "run")
 
 
 def test_the_learning_rate_rises_and_falls():

@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from adamac.moe import Router, preset
-from adamac.moe.lm.model import GPT, GPTConfig, View
+from adamac.moe.lm.model import GPT, GPTConfig, Keep, View
 
 
 class AdamacConfig(PretrainedConfig):
@@ -83,6 +83,11 @@ class AdamacForCausalLM(PreTrainedModel, GenerationMixin):
         """Replace it."""
         self.gpt.embedding = value  # ty: ignore[invalid-assignment]
 
+    @staticmethod
+    def create_masks_for_generate(attention_mask: Tensor | None = None, **unused: Any) -> Tensor | None:
+        """Leave the mask as it is where transformers would make one of four axes for a static cache."""
+        return attention_mask
+
     def forward(
         self,
         input_ids: Tensor,
@@ -121,17 +126,33 @@ class AdamacForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 def _view(ids: Tensor, attention_mask: Tensor | None, positions: Tensor | None, cache: Cache | None) -> View:
-    """What transformers' arguments say about the tokens."""
+    """What transformers' arguments say about the tokens.
+
+    Whether any of them is padding is looked up once here, which waits for the device, so that no layer has to.
+    """
     tokens = ids.shape[1]
-    past = 0 if cache is None else cache.get_seq_length()
-    if attention_mask is None:
-        attention_mask = torch.ones(len(ids), past + tokens, device=ids.device, dtype=torch.bool)
+    # A number: a static cache counts in a tensor, in place.
+    past = 0 if cache is None else int(cache.get_seq_length())
+    keep = None if cache is None else _keep(cache, past + tokens)
+    columns = torch.arange(past + tokens, device=ids.device)
+    new = columns[past:, None]
+    if attention_mask is None or bool(attention_mask.all()):
+        positions = columns[None, past:].expand(len(ids), -1) if positions is None else positions
+        return View(positions, (columns <= new)[None, None] if past and tokens > 1 else None, None, keep)
     valid = attention_mask.bool()
     if positions is None:
         positions = (valid.cumsum(-1) - 1).clamp_min(0)[:, past:]
-    columns = torch.arange(past + tokens, device=ids.device)
-    new = columns[past:, None]
     # Padding reads itself: a row that reads nothing would be NaN.
     mask = ((columns <= new) & valid[:, None]) | (columns == new)
-    keep = None if cache is None else lambda layer, key, value: cache.update(key, value, layer)
-    return View(positions, mask[:, None], valid[:, past:], keep)
+    padded = valid[:, past:]
+    return View(positions, mask[:, None], None if past and bool(padded.all()) else padded, keep)
+
+
+def _keep(cache: Cache, length: int) -> Keep:
+    """Store keys and values, and give what is written: a static cache has room for more."""
+
+    def keep(layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = cache.update(key, value, layer)
+        return keys[:, :, :length], values[:, :, :length]
+
+    return keep

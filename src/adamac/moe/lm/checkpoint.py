@@ -1,7 +1,7 @@
 """Checkpoints: whole or absent, and readable without running anything.
 
 A checkpoint is a folder of ``config.json`` (the model's shape), ``model.safetensors``, ``optimizer.safetensors`` and
-``state.json`` (step, tokens, seconds). It is written beside its place, forced to the disk, and renamed; only then are older
+``state.json`` (step, seconds). It is written beside its place, forced to the disk, and renamed; only then are older
 ones removed. Nothing is pickled.
 """
 
@@ -10,12 +10,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -46,20 +46,28 @@ def write_checkpoint(
 
     Returns:
         The folder.
+
+    Raises:
+        OSError: If it cannot be written; the former ones stay.
     """
     folder = root / f"step-{step:08d}"
     part = root / f"{folder.name}.part"
     shutil.rmtree(part, ignore_errors=True)  # what a kill left
-    part.mkdir(parents=True)
-    for name, tensors in (("model", weights), ("optimizer", optimizer)):
-        save_file(
-            {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()},
-            part / f"{name}.safetensors",
-        )
-    (part / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
-    (part / "state.json").write_text(json.dumps({"step": step, **state}) + "\n", encoding="utf-8")
-    for file in part.iterdir():
-        _force(file)
+    try:
+        part.mkdir(parents=True)
+        for name, tensors in (("model", weights), ("optimizer", optimizer)):
+            save_file(
+                {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()},
+                part / f"{name}.safetensors",
+            )
+        (part / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
+        (part / "state.json").write_text(json.dumps({"step": step, **state}) + "\n", encoding="utf-8")
+        for file in part.iterdir():
+            _force(file)
+        _force(part)
+    except (OSError, SafetensorError) as error:  # a full disk is either
+        shutil.rmtree(part, ignore_errors=True)
+        raise OSError(f"cannot write {folder}: {error}") from error
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
     _force(root)
@@ -91,6 +99,27 @@ def read_tensors(file: Path, device: torch.device | str = "cpu") -> dict[str, Te
     """
     try:
         return load_file(file, device=str(device))
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"cannot read {file}: {error}") from None
+
+
+def read_parts(file: Path, part: Callable[[str, int], slice]) -> dict[str, Tensor]:
+    """Read a part of each tensor of a safetensors file; what is not of the part is not read.
+
+    Args:
+        file: The file.
+        part: Name and length of a tensor's first axis to the part of it.
+
+    Raises:
+        ValueError: If it is missing or damaged.
+    """
+    try:
+        with safe_open(file, framework="pt") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  it is no mapping
+            return {
+                name: values[part(name, shape[0])] if (shape := values.get_shape()) else values[...]
+                for name, values in slices.items()
+            }
     except (OSError, SafetensorError) as error:
         raise ValueError(f"cannot read {file}: {error}") from None
 

@@ -150,11 +150,11 @@ def prepare(
     return corpus
 
 
-def unigram_bits_per_byte(corpus: Corpus) -> float:
-    """Bits per byte of held-out text by a model that knows how often each token occurs, and nothing else."""
+def unigram_bits_per_byte(corpus: Corpus, tokens: np.ndarray) -> float:
+    """Bits per byte of some tokens by a model that knows how often each occurs in training text, and nothing else."""
     counts = np.bincount(corpus.train_tokens, minlength=corpus.vocab) + 1.0
     bits = -np.log2(counts / counts.sum())
-    return float(bits[corpus.held_out_tokens].sum() / corpus.held_out.bytes)
+    return float(bits[tokens].sum() / corpus.tokenizer.bytes_per_token().numpy()[tokens].sum())
 
 
 @dataclass(frozen=True)

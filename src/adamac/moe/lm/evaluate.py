@@ -2,7 +2,9 @@
 
 Bits per byte is the length of the held-out text, ends of documents included, as the model would compress it, over its
 length in bytes. It does not depend on the tokenizer's vocabulary, unlike loss per token. Text is read in windows of the
-model's context that do not overlap; each window begins without knowledge of what was before it.
+model's context that do not overlap; each window begins without knowledge of what was before it. Experts take all tokens that
+choose them, whatever capacity they are trained with: else a token's logits would depend on later ones, and on how many windows are
+read at once.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import torch
 from torch.nn import functional
 
 from adamac.moe.lm.corpus import Corpus
-from adamac.moe.lm.model import GPT
+from adamac.moe.lm.model import GPT, is_refusal
 from adamac.moe.lm.world import World
 
 
@@ -37,19 +39,14 @@ def bits_per_byte(
         world: The ranks that share the work; they all get the result.
 
     Returns:
-        Bits per byte.
+        Bits per byte; NaN if the model's numbers are not finite.
 
     Raises:
         ValueError: If the held-out side does not fill a window.
     """
     world = world or World()
     stream, context = corpus.held_out_tokens, model.config.context
-    windows = min(tokens, len(stream) - 1) // context
-    if windows < 1:
-        raise ValueError(
-            f"too little text: {len(stream)} held-out tokens do not fill a context of {context}; "
-            "give more text, a larger share held out or a smaller context"
-        )
+    windows = len(predicted(corpus, context, tokens)) // context
     sizes = corpus.tokenizer.bytes_per_token()
     was_training = model.training
     model.eval()
@@ -61,7 +58,14 @@ def bits_per_byte(
         numbers = [min(number, windows - 1) for number in range(first, first + batch)]
         rows = np.stack([stream[n * context : n * context + context + 1] for n in numbers]).astype(np.int64)
         ids, real = torch.from_numpy(rows), max(0, min(batch, windows - first))
-        logits = model(ids[:, :-1].to(world.device))
+        try:
+            with model.without_capacity():
+                logits = model(ids[:, :-1].to(world.device))
+        except ValueError as error:
+            if not is_refusal(error):
+                raise
+            totals += math.nan  # ranks that have other copies of the experts learn of it so
+            break
         targets = ids[:, 1:]
         wide = logits if logits.dtype == torch.float64 else logits.float()
         losses = functional.cross_entropy(
@@ -72,3 +76,24 @@ def bits_per_byte(
     model.train(was_training)
     nats, size = world.add(totals).tolist()
     return nats / math.log(2) / size
+
+
+def predicted(corpus: Corpus, context: int, tokens: int) -> np.ndarray:
+    """The held-out tokens that an evaluation predicts: those of all windows that are whole.
+
+    Args:
+        corpus: Whose held-out side is read, from its beginning.
+        context: Tokens of a window.
+        tokens: How many tokens at most.
+
+    Raises:
+        ValueError: If there is no window.
+    """
+    stream = corpus.held_out_tokens
+    windows = min(tokens, len(stream) - 1) // context
+    if windows < 1:
+        raise ValueError(
+            f"too little text: {len(stream)} held-out tokens do not fill a context of {context}; "
+            "give more text, a larger share held out or a smaller context"
+        )
+    return stream[1 : windows * context + 1]

@@ -7,7 +7,7 @@ their norm. An update is refused before it touches a weight if loss or gradient 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.nn import functional
 from adamac.moe.layer import MoE
 from adamac.moe.lm.checkpoint import load_weights
 from adamac.moe.lm.corpus import Order
-from adamac.moe.lm.model import GPT, GPTConfig
+from adamac.moe.lm.model import GPT, GPTConfig, is_refusal
 from adamac.moe.lm.recipe import Recipe
 from adamac.moe.lm.world import World
 
@@ -99,18 +99,24 @@ class Learner:
         """Update the weights with batch number ``step``.
 
         Raises:
-            Diverged: If the loss or the gradient is not finite; the weights are then as before.
+            Diverged: If the loss or the gradient of any rank is not finite, on all of them; the weights are then as before.
         """
         recipe = self.recipe
         # Nothing draws random numbers in a step today; what will, must not depend on the steps before.
         torch.manual_seed((recipe.seed * 1_000_003 + step) * self.world.size + self.world.rank)
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        names, sums, loads = self._backward(step, order)
+        refusal = None
+        try:
+            names, sums, loads = self._backward(step, order)
+        except Diverged as error:  # ranks that have other copies of the experts learn of it by the sums
+            refusal, (names, sums, loads) = error, self._not_finite()
         reduced = self.world.add(torch.cat((sums, loads.flatten())))
         sums, loads = reduced[: len(sums)], reduced[len(sums) :].view_as(loads)
         norm = self._reduce()
         loss, *losses, bytes_sent, gradient_norm = torch.cat((sums, norm[None])).tolist()
+        if refusal is not None:
+            raise refusal
         if not math.isfinite(loss) or not math.isfinite(gradient_norm):
             raise Diverged(f"step {step + 1} has loss {loss} and gradient norm {gradient_norm}")
         lr = recipe.learning_rate(step)
@@ -147,11 +153,21 @@ class Learner:
         sent = torch.tensor([bytes_sent], device=world.device, dtype=torch.float64)
         return names, torch.cat((torch.stack(sums).sum(0), sent)), torch.stack(loads).sum(0).double()
 
+    def _not_finite(self) -> tuple[list[str], Tensor, Tensor]:
+        """What :meth:`_backward` gives, of a rank whose router refused its input."""
+        moes, device = self.model.moes, self.world.device
+        names = list(moes[0].losses)
+        sums = torch.full((1 + len(names) + 1,), math.nan, device=device, dtype=torch.float64)
+        loads = torch.zeros(len(moes), moes[0].config.num_experts, device=device, dtype=torch.float64)
+        return names, sums, loads
+
     def _loss(self, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
         try:
             with self.autocast():
                 logits = self.model(inputs)
-        except ValueError as error:  # the router refuses what is not finite before it reaches the loss
+        except ValueError as error:
+            if not is_refusal(error):
+                raise
             raise Diverged(f"step {step + 1}: {error}") from error
         wide = logits if logits.dtype == torch.float64 else logits.float()
         return functional.cross_entropy(wide.flatten(0, 1), targets.flatten())
@@ -170,28 +186,34 @@ class Learner:
         return norm
 
     def weights(self) -> dict[str, Tensor]:
-        """Every weight and buffer of the whole model by name; on every rank, which all must call."""
-        return {name: self._whole(name, value) for name, value in self.model.state_dict().items()}
+        """Every weight and buffer of the whole model by name, in the first rank's main memory; all ranks must call it."""
+        return self._gathered(self.model.state_dict().items())
 
     def moments(self) -> dict[str, Tensor]:
-        """Adam's state of the whole model by name; on every rank, which all must call."""
-        found = {}
-        for name, value in (self.shared | self.experts).items():
-            state = self.optimizer.state[value]
-            found |= {f"{name}.{moment}": self._whole(name, state[moment]) for moment in MOMENTS}
-            found[f"{name}.step"] = state["step"]
+        """Adam's state of the whole model by name, in the first rank's main memory; all ranks must call it."""
+        states = {name: self.optimizer.state[value] for name, value in (self.shared | self.experts).items()}
+        found = self._gathered(
+            (f"{name}.{moment}", state[moment]) for name, state in states.items() for moment in MOMENTS
+        )
+        if self.world.first:
+            found |= {f"{name}.step": state["step"] for name, state in states.items()}
         return found
 
     def restore(self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], source: Any) -> None:
         """Take up the state that :meth:`weights` and :meth:`moments` gave, on as many ranks as there are now.
 
+        Args:
+            weights: This rank's :meth:`part` of each.
+            moments: Likewise.
+            source: What is named in errors.
+
         Raises:
             ValueError: If it is another model's.
         """
-        load_weights(self.model, {name: self._own(name, value) for name, value in weights.items()}, source)
+        load_weights(self.model, weights, source)
         for name, value in (self.shared | self.experts).items():
             try:
-                state = {moment: self._own(name, moments[f"{name}.{moment}"]) for moment in MOMENTS}
+                state = {moment: moments[f"{name}.{moment}"] for moment in MOMENTS}
                 state["step"] = moments[f"{name}.step"]
             except KeyError as error:
                 raise ValueError(f"{source} lacks {error} of the optimizer") from None
@@ -201,11 +223,18 @@ class Learner:
                 for key, tensor in state.items()
             }
 
-    def _whole(self, name: str, value: Tensor) -> Tensor:
-        return self.world.gather_experts(value) if EXPERTS in name else value
+    def part(self, name: str, length: int) -> slice:
+        """What this rank holds of a tensor of the whole model, of so many rows."""
+        return self.world.own_experts(length) if EXPERTS in name else slice(0, length)
 
-    def _own(self, name: str, value: Tensor) -> Tensor:
-        return self.world.own_experts(value) if EXPERTS in name else value
+    def _gathered(self, named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        """Whole tensors on the first rank, one after another; nothing on the others."""
+        found = {}
+        for name, value in named:
+            whole = self.world.gather_experts(value) if EXPERTS in name else value
+            if self.world.first and whole is not None:
+                found[name] = whole.cpu()
+        return found
 
 
 def shares(recipe: Recipe, ranks: int) -> tuple[int, int]:

@@ -10,7 +10,8 @@ Initialisation: every matrix with standard deviation ``hidden ** -0.5``, and wha
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -183,6 +184,11 @@ class Block(nn.Module):
         return x
 
 
+def is_refusal(error: ValueError) -> bool:
+    """Whether a model raised it because numbers are no longer finite, not because its input does not fit."""
+    return str(error).startswith("the router's logits")
+
+
 class GPT(nn.Module):
     """Token ids to the logits of the next token.
 
@@ -235,6 +241,18 @@ class GPT(nn.Module):
     def output_matrix(self) -> Tensor:
         """``[vocab, hidden]``."""
         return self.embedding.weight if self.head is None else self.head.weight
+
+    @contextmanager
+    def without_capacity(self) -> Generator[None]:
+        """Let experts take all tokens that choose them, for a while."""
+        routers = [moe.router for moe in self.moes]
+        try:
+            for router in routers:
+                router.config = replace(router.config, capacity=None)
+            yield
+        finally:
+            for router in routers:
+                router.config = self.config.moe
 
     @property
     def moes(self) -> list[MoE]:

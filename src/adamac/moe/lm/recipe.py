@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from adamac.moe.lm.model import GPTConfig
 from adamac.moe.presets import preset
+
+CADENCE = ("eval_every", "save_every", "log_every")
+"""Fields that change nothing of what is learnt."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +99,7 @@ class Recipe:
 
     def model(self, vocab: int) -> GPTConfig:
         """Shape of the model for a vocabulary as large as the corpus gave."""
-        experts = preset(self.preset, self.hidden, self.num_experts, self.top_k, self.ratio, **self.moe)
+        experts = preset(self.preset, self.hidden, self.num_experts, self.top_k, self.ratio, changes=self.moe)
         return GPTConfig(
             vocab=vocab,
             layers=self.layers,
@@ -134,10 +138,14 @@ class Recipe:
             raise ValueError(f"not a recipe: {error}") from None
 
     def differences(self, other: Recipe) -> list[str]:
-        """What differs from another recipe, in words."""
-        names = (item.name for item in fields(self))
+        """What differs from another recipe in what is computed, in words: not how often something is written or measured."""
+        names = [item.name for item in fields(self) if item.name not in CADENCE]
+        here, there = (
+            vars(recipe) | {"data": [os.path.abspath(path) for path in recipe.data]}
+            for recipe in (self, other)
+        )
         return [
             f"{name} {getattr(other, name)!r} (now {getattr(self, name)!r})"
             for name in names
-            if getattr(self, name) != getattr(other, name)
+            if here[name] != there[name]
         ]

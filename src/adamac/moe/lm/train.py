@@ -2,8 +2,11 @@
 
 What a step computes is a function of the recipe, the step's number, and the weights and Adam moments before it: windows of
 text, random seeds and the learning rate follow from the number. A run that goes on from a checkpoint therefore equals one that
-was never broken off, bit for bit where the device computes deterministically, as a CPU does. The same holds for the number of
-ranks up to rounding: a step reads the same windows however many share them.
+was never broken off, bit for bit where the device computes deterministically, as a CPU does.
+
+A step reads the same windows however many ranks share them. Up to rounding, its result is the same for any number of ranks where
+nothing is measured on a part of a batch: balancing by a bias or not at all, and no capacity. A balance loss and a capacity are of
+the tokens that a rank computes at once; with these it is the same for the same ``micro_batch``, if that divides every rank's share.
 
 A run is a folder: ``run.json`` (the recipe), ``tokenizer.json``, ``data/`` (the prepared corpus, unless a prepared one was
 given), ``rows.jsonl`` (a JSON object a step) and ``checkpoints/``.
@@ -12,6 +15,7 @@ given), ``rows.jsonl`` (a JSON object a step) and ``checkpoints/``.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import time
@@ -24,11 +28,11 @@ import torch
 
 from adamac.moe.lm import checkpoint
 from adamac.moe.lm.corpus import Corpus, Order, is_corpus, prepare, unigram_bits_per_byte
-from adamac.moe.lm.evaluate import bits_per_byte
+from adamac.moe.lm.evaluate import bits_per_byte, predicted
 from adamac.moe.lm.learner import Diverged, Learner, Update, shares
 from adamac.moe.lm.recipe import Recipe
 from adamac.moe.lm.text import text_files
-from adamac.moe.lm.world import World
+from adamac.moe.lm.world import Left, World
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +86,8 @@ class Result:
 
     Attributes:
         steps: Updates done.
-        bits_per_byte: Of held-out text.
-        unigram_bits_per_byte: Of a model that knows only how often each token occurs.
+        bits_per_byte: Of held-out text, its first ``eval_tokens``.
+        unigram_bits_per_byte: Of the same text, by a model that knows only how often each token occurs.
         time_s: Seconds, over all pieces of the run.
         parameters: Of the whole model.
     """
@@ -121,24 +125,38 @@ def train(
 
     Raises:
         ValueError: If the recipe cannot be computed, or the directory holds something else.
+        OSError: If something cannot be written.
         Diverged: If a loss is not finite. The last checkpoint is still there.
+        Left: If another rank raised one of these, or is gone.
     """
     world = world or World()
+    with world.listening():
+        run = _begin(recipe, directory, resume, world, dtype, amp)
+        return run.finish(watcher if watcher is not None and world.first else Silent())
+
+
+def _begin(
+    recipe: Recipe, directory: Path, resume: bool, world: World, dtype: torch.dtype, amp: bool | None
+) -> _Run:
+    """Make everything ready, from the newest checkpoint if there is one."""
     shares(recipe, world.size)
-    _look(recipe)
-    absent = [folder for folder in (directory, *directory.parents) if not folder.exists()]
-    begun = _claim(directory, recipe, resume, world)
+    with world.together():  # all have looked before the first writes
+        _look(recipe)
+        absent = [folder for folder in (directory, *directory.parents) if not folder.exists()]
+        begun = _is_begun(directory, recipe, resume)
     try:
-        corpus = _corpus(recipe, directory, world)
-        order = Order(corpus.train_tokens, recipe.context, recipe.seed)
+        corpus = _corpus(recipe, directory, begun, world)
         amp = world.device.type == "cuda" if amp is None else amp
-        learner = Learner(recipe, recipe.model(corpus.vocab), world, dtype, amp)
-    except ValueError:
+        with world.together():
+            order = Order(corpus.train_tokens, recipe.context, recipe.seed)
+            # Too little to be evaluated is refused now rather than after many steps.
+            predicted(corpus, recipe.context, recipe.eval_tokens)
+            learner = Learner(recipe, recipe.model(corpus.vocab), world, dtype, amp)
+    except (ValueError, OSError, Left):
         if world.first and not begun:  # what could not begin leaves nothing behind
-            shutil.rmtree(absent[-1] if absent else directory)
+            shutil.rmtree(absent[-1] if absent else directory, ignore_errors=True)
         raise
-    listening = watcher if watcher is not None and world.first else Silent()
-    return _Run(recipe, directory, corpus, order, learner).finish(listening)
+    return _Run(recipe, directory, corpus, order, learner)
 
 
 class _Run:
@@ -171,7 +189,8 @@ class _Run:
                 self._save()
             watcher.stepped(row)
         reached = self._evaluate() if reached is None else reached  # it was finished before
-        unigram = unigram_bits_per_byte(self.corpus)
+        read = predicted(self.corpus, recipe.context, recipe.eval_tokens)
+        unigram = unigram_bits_per_byte(self.corpus, read)
         return Result(self.step, reached, unigram, self.time_s, self.learner.parameters)
 
     def _update(self) -> tuple[Update, float]:
@@ -179,9 +198,7 @@ class _Run:
         try:
             update = self.learner.update(self.step, self.order)
         except Diverged as error:
-            kept = checkpoint.latest_checkpoint(self.checkpoints)
-            remains = f"the last good checkpoint is {kept}" if kept else "there is no checkpoint yet"
-            raise Diverged(f"{error}; {remains}; try a lower learning rate or a longer warm-up") from None
+            raise self._with_advice(error) from None
         self.step += 1
         return update, time.monotonic() - began
 
@@ -199,13 +216,21 @@ class _Run:
     def _evaluate(self) -> float:
         learner, recipe = self.learner, self.recipe
         with learner.autocast():
-            return bits_per_byte(
+            reached = bits_per_byte(
                 learner.model,
                 self.corpus,
                 tokens=recipe.eval_tokens,
                 batch=learner.micro_batch,
                 world=self.world,
             )
+        if not math.isfinite(reached):
+            raise self._with_advice(Diverged(f"step {self.step} left a model whose numbers are not finite"))
+        return reached
+
+    def _with_advice(self, error: Diverged) -> Diverged:
+        kept = checkpoint.latest_checkpoint(self.checkpoints)
+        remains = f"the last good checkpoint is {kept}" if kept else "there is no checkpoint yet"
+        return Diverged(f"{error}; {remains}; try a lower learning rate or a longer warm-up")
 
     def _append(self, row: Row) -> None:
         if self.world.first:
@@ -214,25 +239,26 @@ class _Run:
 
     def _save(self) -> None:
         weights, moments = self.learner.weights(), self.learner.moments()
-        if self.world.first:
-            config, state = self.learner.model.config, {"time_s": self.time_s}
-            _force(self.rows)
-            checkpoint.write_checkpoint(self.checkpoints, self.step, config, weights, moments, state)
-        self.world.wait()
+        with self.world.together():
+            if self.world.first:
+                config, state = self.learner.model.config, {"time_s": self.time_s}
+                _force(self.rows)
+                checkpoint.write_checkpoint(self.checkpoints, self.step, config, weights, moments, state)
 
     def _restore(self) -> None:
         """Go back to the newest checkpoint, if there is one, and forget the rows after it."""
-        folder = checkpoint.latest_checkpoint(self.checkpoints)
-        if folder is not None:
-            read = checkpoint.read_tensors
-            self.learner.restore(
-                read(folder / "model.safetensors"), read(folder / "optimizer.safetensors"), folder
-            )
-            state = checkpoint.read_json(folder / "state.json")
-            self.step, self.time_s = state["step"], state["time_s"]
-        self.world.wait()
-        if self.world.first:
-            _forget(self.rows, self.step)
+        with self.world.together():
+            folder = checkpoint.latest_checkpoint(self.checkpoints)
+            if folder is not None:
+                weights, moments = (
+                    checkpoint.read_parts(folder / f"{name}.safetensors", self.learner.part)
+                    for name in ("model", "optimizer")
+                )
+                self.learner.restore(weights, moments, folder)
+                self.step, self.time_s = _state(folder / "state.json")
+        with self.world.together():
+            if self.world.first:
+                _forget(self.rows, self.step)
 
 
 def read_rows(directory: Path) -> list[dict[str, Any]]:
@@ -248,8 +274,12 @@ def read_rows(directory: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def _claim(directory: Path, recipe: Recipe, resume: bool, world: World) -> bool:
-    """Make a directory this run's, and say whether it was already."""
+def _is_begun(directory: Path, recipe: Recipe, resume: bool) -> bool:
+    """Whether a directory is this run's already; if not, it may become this run's.
+
+    Raises:
+        ValueError: If it is something else's.
+    """
     file = directory / "run.json"
     begun = file.is_file()
     if begun:
@@ -257,19 +287,37 @@ def _claim(directory: Path, recipe: Recipe, resume: bool, world: World) -> bool:
             raise ValueError(
                 f"{directory} holds a run already; go on with it by --resume or choose another directory"
             )
-        former = Recipe.from_dict(checkpoint.read_json(file)["recipe"])
+        former = Recipe.from_dict(_field(file, "recipe"))
         if differences := recipe.differences(former):
             raise ValueError(
                 f"the run in {directory} was begun with {', '.join(differences)}; resume it with the same"
             )
     elif directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ValueError(f"{directory} is not empty and holds no run; choose another directory")
-    world.wait()  # all have looked before the first writes
-    if world.first and not begun:
-        directory.mkdir(parents=True, exist_ok=True)
-        about = {"adamac": version("adamac"), "torch": torch.__version__, "recipe": recipe.to_dict()}
-        _write_text(file, json.dumps(about, indent=2) + "\n")
     return begun
+
+
+def _claim(directory: Path, recipe: Recipe) -> None:
+    """Make a directory this run's."""
+    directory.mkdir(parents=True, exist_ok=True)
+    about = {"adamac": version("adamac"), "torch": torch.__version__, "recipe": recipe.to_dict()}
+    _write_text(directory / "run.json", json.dumps(about, indent=2) + "\n")
+
+
+def _state(file: Path) -> tuple[int, float]:
+    """Steps and seconds of a checkpoint."""
+    step, time_s = _field(file, "step"), _field(file, "time_s")
+    if not isinstance(step, int) or not isinstance(time_s, int | float):
+        raise ValueError(f"{file} is damaged: expected numbers, got step {step!r} and time_s {time_s!r}")
+    return step, time_s
+
+
+def _field(file: Path, name: str) -> Any:
+    """A field of a file that holds an object."""
+    values = checkpoint.read_json(file)
+    if not isinstance(values, dict) or name not in values:
+        raise ValueError(f"{file} is damaged: expected an object with {name}")
+    return values[name]
 
 
 def _look(recipe: Recipe) -> None:
@@ -279,18 +327,21 @@ def _look(recipe: Recipe) -> None:
         text_files(given)
 
 
-def _corpus(recipe: Recipe, directory: Path, world: World) -> Corpus:
-    """Open the prepared corpus that was given or made before, or make it on the first rank."""
+def _corpus(recipe: Recipe, directory: Path, begun: bool, world: World) -> Corpus:
+    """Make the directory a run's, and open the prepared corpus that was given or made before, or make it; on the first rank."""
     folder = directory / "data"
     given = [Path(path) for path in recipe.data]
     if len(given) == 1 and is_corpus(given[0]):
         folder = given[0]
-    elif world.first and not is_corpus(folder):
-        prepare(folder, given, vocab=recipe.vocab, separator=recipe.separator, held_out=recipe.held_out)
-    world.wait()
-    corpus = Corpus.load(folder)
-    if world.first:
-        _write_text(directory / "tokenizer.json", corpus.tokenizer.to_json())
+    with world.together():
+        if world.first and not begun:
+            _claim(directory, recipe)
+        if world.first and folder == directory / "data" and not is_corpus(folder):
+            prepare(folder, given, vocab=recipe.vocab, separator=recipe.separator, held_out=recipe.held_out)
+    with world.together():
+        corpus = Corpus.load(folder)
+        if world.first:
+            _write_text(directory / "tokenizer.json", corpus.tokenizer.to_json())
     return corpus
 
 

@@ -5,6 +5,10 @@ of the experts, whose gradients the layer's own backward already adds over the r
 over the ranks that hold the same experts (*replicas*). Losses are divided by the number of ranks before the backward, so every
 addition is a plain sum.
 
+What one rank does for all, or each does alone and may fail at, is done *together*: no rank goes on before all are done, and where
+one fails, all do. Word of it travels over gloo, in a group of its own that waits as long as it takes: preparing text or writing a
+checkpoint may take longer than NCCL waits for a collective.
+
 Gradients travel in flat buckets after the backward rather than in hooks: it works alike for parameters that got no
 gradient, on gloo and NCCL, and gives the same bits whatever the order in which gradients became ready.
 """
@@ -12,8 +16,10 @@ gradient, on gloo and NCCL, and gives the same bits whatever the order in which 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -22,6 +28,12 @@ from torch import Tensor
 from adamac.moe.parallel import expert_mesh
 
 BUCKET_BYTES = 64 * 2**20
+PATIENCE = timedelta(days=7)
+"""How long a rank waits for what others do together with it; one that is gone is noticed at once."""
+
+
+class Left(RuntimeError):
+    """Another rank failed or was ended, so that this one cannot go on."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +46,7 @@ class World:
         device: Where this one computes.
         experts: The ranks among which the experts are divided; ``None`` if every rank has all.
         replicas: The ranks that hold the same experts; ``None`` if ``experts`` is.
+        control: All ranks, over gloo; ``None`` if there is one.
     """
 
     rank: int = 0
@@ -41,6 +54,7 @@ class World:
     device: torch.device = torch.device("cpu")  # noqa: RUF009  a device is a value
     experts: dist.ProcessGroup | None = None
     replicas: dist.ProcessGroup | None = None
+    control: dist.ProcessGroup | None = None
 
     @property
     def first(self) -> bool:
@@ -71,17 +85,51 @@ class World:
             card = place if place.type == "cuda" else None
             dist.init_process_group("nccl" if card else "gloo", device_id=card)
         experts, replicas = _divide(expert_ranks) if expert_ranks > 1 else (None, None)
-        return cls(dist.get_rank(), size, place, experts, replicas)
+        control = dist.new_group(backend="gloo", timeout=PATIENCE)
+        return cls(dist.get_rank(), size, place, experts, replicas, control)
 
     def leave(self) -> None:
         """End the process group, if there is one."""
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
 
-    def wait(self) -> None:
-        """Wait for all ranks."""
-        if self.size > 1:
-            dist.barrier()
+    @contextmanager
+    def together(self) -> Generator[None]:
+        """Do something without collectives on all ranks; go on when all have done it.
+
+        Raises:
+            ValueError: If this rank did.
+            OSError: If this rank did.
+            Left: If another rank raised one of these.
+        """
+        problem = None
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            problem = error
+        said: list[str | None] = [None] * self.size
+        if self.control is not None:
+            dist.all_gather_object(said, None if problem is None else str(problem), group=self.control)
+        if problem is not None:
+            raise problem
+        for rank, word in enumerate(said):
+            if word is not None:
+                raise Left(f"rank {rank} stopped: {word}")
+
+    @contextmanager
+    def listening(self) -> Generator[None]:
+        """Say in one line that another rank is gone, where a collective fails for it.
+
+        Raises:
+            Left: If so.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            # Over gloo it is a plain RuntimeError that names the library's file.
+            if not isinstance(error, Left) and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+                raise Left("another rank left") from error
+            raise
 
     def add(self, value: Tensor) -> Tensor:
         """Add up a small tensor over all ranks, in place."""
@@ -108,19 +156,29 @@ class World:
             dist.all_reduce(own, group=self.experts)
         return (_square(shared, self.device) + own).sqrt()
 
-    def gather_experts(self, tensor: Tensor) -> Tensor:
-        """Put the experts of all ranks into one tensor, ``[local_experts, ...]`` to ``[num_experts, ...]``."""
-        if self.experts is None:
-            return tensor
-        parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(self.experts))]
-        dist.all_gather(parts, tensor.contiguous(), group=self.experts)
-        return torch.cat(parts)
+    def gather_experts(self, tensor: Tensor) -> Tensor | None:
+        """Put the experts of all ranks into one tensor, ``[local_experts, ...]`` to ``[num_experts, ...]``.
 
-    def own_experts(self, tensor: Tensor) -> Tensor:
-        """Take this rank's experts out of all, ``[num_experts, ...]`` to ``[local_experts, ...]``."""
+        Returns:
+            It, in the first rank's main memory; ``None`` on other ranks.
+        """
         if self.experts is None:
-            return tensor
-        return tensor.chunk(dist.get_world_size(self.experts))[dist.get_rank(self.experts)]
+            return tensor.cpu() if self.first else None
+        if 0 not in dist.get_process_group_ranks(self.experts):  # these hold copies
+            return None
+        parts = None
+        if self.first:
+            parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(self.experts))]
+        dist.gather(tensor.contiguous(), parts, dst=0, group=self.experts)
+        return None if parts is None else torch.cat([part.cpu() for part in parts])
+
+    def own_experts(self, number: int) -> slice:
+        """This rank's experts of so many; none if they cannot be divided."""
+        if self.experts is None:
+            return slice(0, number)
+        own, remainder = divmod(number, dist.get_world_size(self.experts))
+        first = dist.get_rank(self.experts) * own
+        return slice(first, first + own) if remainder == 0 else slice(0)
 
 
 def find_device(name: str, local_rank: int | None = None) -> torch.device:
