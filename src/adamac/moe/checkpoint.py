@@ -57,17 +57,17 @@ def _write(weights: dict[str, Tensor], path: Path) -> str | None:
     part = path.with_name(path.name + ".part")
     try:
         save_file(weights, part)
-        _force(part)  # else a power cut may leave the new name with nothing behind it
+        force(part)  # else a power cut may leave the new name with nothing behind it
         part.replace(path)
-        _force(path.parent)
+        force(path.parent)
     except (OSError, SafetensorError) as error:
         part.unlink(missing_ok=True)
         return str(error)
     return None
 
 
-def _force(path: Path) -> None:
-    """Have a file or a folder written to the disk itself."""
+def force(path: Path) -> None:
+    """Return once what was written to a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

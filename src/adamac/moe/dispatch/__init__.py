@@ -26,7 +26,7 @@ from __future__ import annotations
 from adamac.moe.dispatch.all_gather import AllGather
 from adamac.moe.dispatch.all_to_all import AllToAll
 from adamac.moe.dispatch.choose import DISPATCHERS, cheapest, choose
-from adamac.moe.dispatch.common import Dispatcher, Meter, Sent
+from adamac.moe.dispatch.common import Dispatcher, Meter, NotFiniteError, Sent
 from adamac.moe.dispatch.local import Local
 from adamac.moe.dispatch.per_rank import PerRank
 
@@ -37,6 +37,7 @@ __all__ = [
     "Dispatcher",
     "Local",
     "Meter",
+    "NotFiniteError",
     "PerRank",
     "Sent",
     "cheapest",

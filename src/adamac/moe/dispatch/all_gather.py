@@ -10,23 +10,18 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from adamac.moe.dispatch.all_to_all import finite_column
-from adamac.moe.dispatch.common import Meter, Sent, divided, local_experts, refuse_not_finite
+from adamac.moe.dispatch.common import Meter, OverRanks, Sent, divided, local_experts, refuse_not_finite
 from adamac.moe.dispatch.exchange import Gather, Scatter, Started, exchanged, finish, start
 from adamac.moe.routing import Routing
 from adamac.moe.rows import Order, gathered, narrow, segment_lengths, spread
 
 
-class AllGather:
+class AllGather(OverRanks):
     """Gathers all rows, experts and weights on all ranks, and reduce-scatters weighted partial sums.
 
     Ranks with fewer tokens than others send padding, as the collectives want equal parts. A first small message says
     how many tokens there are; reading it waits for the device, and counting the rows for this rank's experts does again.
     """
-
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        """Take the ranks that hold the experts."""
-        self.group = group
-        self.ranks, self.rank = dist.get_world_size(self.group), dist.get_rank(self.group)
 
     def send(
         self, rows: Tensor, routing: Routing, meter: Meter | None = None, *, chunks: int = 1

@@ -8,22 +8,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from adamac.moe.dispatch.common import Meter, Sent, divided, local_experts, refuse_not_finite
+from adamac.moe.dispatch.common import Meter, OverRanks, Sent, divided, local_experts, refuse_not_finite
 from adamac.moe.dispatch.exchange import Splits, Started, exchanged, finish, start
 from adamac.moe.routing import Routing
 from adamac.moe.rows import Order, by_expert, gathered, narrow, spread
 
 
-class AllToAll:
+class AllToAll(OverRanks):
     """Sends a copy of each row to each of its experts; answers are weighted and summed where the row came from.
 
     A first small message says how many rows each expert gets. Reading it waits for the device, once a layer.
     """
-
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        """Take the ranks that hold the experts."""
-        self.group = group
-        self.ranks, self.rank = dist.get_world_size(self.group), dist.get_rank(self.group)
 
     def send(
         self, rows: Tensor, routing: Routing, meter: Meter | None = None, *, chunks: int = 1

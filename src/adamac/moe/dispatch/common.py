@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Protocol
 
+import torch.distributed as dist
 from torch import Tensor
 
 from adamac.moe.routing import Routing
@@ -64,6 +65,15 @@ class Dispatcher(Protocol):
         ...
 
 
+class OverRanks:
+    """What a dispatcher that sends knows of its ranks."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        """Take the ranks that hold the experts."""
+        self.group = group
+        self.ranks, self.rank = dist.get_world_size(group), dist.get_rank(group)
+
+
 def divided(rows: Tensor, routing: Routing, chunks: int) -> list[tuple[Tensor, Routing]]:
     """Divide tokens into chunks of equal size; the last may be shorter, or empty."""
     if chunks == 1:
@@ -86,11 +96,15 @@ def local_experts(num_experts: int, ranks: int) -> int:
     return num_experts // ranks
 
 
+class NotFiniteError(ValueError):
+    """A router's logits are NaN or infinite: numbers went astray, the input does fit."""
+
+
 def refuse_not_finite(finite: list[int]) -> None:
-    """Raise if any rank's logits were not finite (0 in the list)."""
+    """Raise :class:`NotFiniteError` if any rank's logits were not finite (0 in the list)."""
     sick = [str(rank) for rank, fine in enumerate(finite) if not fine]
     if sick:
-        raise ValueError(
+        raise NotFiniteError(
             f"the router's logits on rank {', '.join(sick)} are NaN or infinite; look at the layer's input and its weights "
             "(a learning rate that is too high is the usual cause)"
         )

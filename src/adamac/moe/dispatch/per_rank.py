@@ -10,26 +10,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from adamac.moe.dispatch.all_to_all import announced
-from adamac.moe.dispatch.common import Meter, Sent, divided, local_experts, refuse_not_finite
+from adamac.moe.dispatch.common import Meter, OverRanks, Sent, divided, local_experts, refuse_not_finite
 from adamac.moe.dispatch.exchange import Splits, Started, finish, start
 from adamac.moe.routing import Routing
 from adamac.moe.rows import Order, gathered, narrow, segment_lengths, spread
 
 
-class PerRank:
+class PerRank(OverRanks):
     """Sends each row once to each rank that needs it, with its experts and weights there.
 
     A first small message says how many rows and choices each rank gets; reading it waits for the device, once a layer.
     """
-
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        """Take the ranks that hold the experts."""
-        self.group = group
-        self.ranks, self.rank = dist.get_world_size(self.group), dist.get_rank(self.group)
 
     def send(
         self, rows: Tensor, routing: Routing, meter: Meter | None = None, *, chunks: int = 1

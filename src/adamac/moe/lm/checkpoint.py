@@ -8,7 +8,6 @@ ones removed. Nothing is pickled.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from adamac.moe.checkpoint import force
 from adamac.moe.lm.model import GPT, GPTConfig
 from adamac.moe.lm.tokenizer import Tokenizer
 
@@ -63,14 +63,14 @@ def write_checkpoint(
         (part / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
         (part / "state.json").write_text(json.dumps({"step": step, **state}) + "\n", encoding="utf-8")
         for file in part.iterdir():
-            _force(file)
-        _force(part)
+            force(file)
+        force(part)
     except (OSError, SafetensorError) as error:  # a full disk is either
         shutil.rmtree(part, ignore_errors=True)
         raise OSError(f"cannot write {folder}: {error}") from error
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
-    _force(root)
+    force(root)
     for old in _folders(root)[:-KEPT]:
         shutil.rmtree(old)
     return folder
@@ -192,11 +192,3 @@ def read_json(file: Path) -> Any:
 
 def _folders(root: Path) -> list[Path]:
     return sorted(path for path in root.glob("step-*") if path.suffix != ".part")
-
-
-def _force(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

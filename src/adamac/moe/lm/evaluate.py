@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from adamac.moe.dispatch import NotFiniteError
 from adamac.moe.lm.corpus import Corpus
-from adamac.moe.lm.model import GPT, is_refusal
+from adamac.moe.lm.model import GPT
 from adamac.moe.lm.world import World
 
 
@@ -61,9 +62,7 @@ def bits_per_byte(
         try:
             with model.without_capacity():
                 logits = model(ids[:, :-1].to(world.device))
-        except ValueError as error:
-            if not is_refusal(error):
-                raise
+        except NotFiniteError:
             totals += math.nan  # ranks that have other copies of the experts learn of it so
             break
         targets = ids[:, 1:]

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from adamac.moe.dispatch import NotFiniteError
 from adamac.moe.layer import MoE
 from adamac.moe.lm.checkpoint import load_weights
 from adamac.moe.lm.corpus import Order
-from adamac.moe.lm.model import GPT, GPTConfig, is_refusal
+from adamac.moe.lm.model import GPT, GPTConfig
 from adamac.moe.lm.recipe import Recipe
 from adamac.moe.lm.world import World
 
@@ -114,7 +115,10 @@ class Learner:
         reduced = self.world.add(torch.cat((sums, loads.flatten())))
         sums, loads = reduced[: len(sums)], reduced[len(sums) :].view_as(loads)
         norm = self._reduce()
-        loss, *losses, bytes_sent, gradient_norm = torch.cat((sums, norm[None])).tolist()
+        imbalance = (loads.amax(1) / loads.mean(1).clamp_min(1)).mean()
+        # Read at once: each reading waits for the device.
+        read = torch.cat((sums, norm[None], imbalance[None])).tolist()
+        loss, *losses, bytes_sent, gradient_norm, imbalance_read = read
         if refusal is not None:
             raise refusal
         if not math.isfinite(loss) or not math.isfinite(gradient_norm):
@@ -125,9 +129,8 @@ class Learner:
         self.optimizer.step()
         for moe in self.model.moes:
             moe.rebalance()
-        imbalance = (loads.amax(1) / loads.mean(1).clamp_min(1)).mean().item()
         named = dict(zip(names, losses, strict=True))
-        return Update(loss, named, lr, gradient_norm, imbalance, int(bytes_sent))
+        return Update(loss, named, lr, gradient_norm, imbalance_read, int(bytes_sent))
 
     def _backward(self, step: int, order: Order) -> tuple[list[str], Tensor, Tensor]:
         """Compute gradients of this rank's share.
@@ -165,9 +168,7 @@ class Learner:
         try:
             with self.autocast():
                 logits = self.model(inputs)
-        except ValueError as error:
-            if not is_refusal(error):
-                raise
+        except NotFiniteError as error:
             raise Diverged(f"step {step + 1}: {error}") from error
         wide = logits if logits.dtype == torch.float64 else logits.float()
         return functional.cross_entropy(wide.flatten(0, 1), targets.flatten())

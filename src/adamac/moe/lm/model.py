@@ -184,11 +184,6 @@ class Block(nn.Module):
         return x
 
 
-def is_refusal(error: ValueError) -> bool:
-    """Whether a model raised it because numbers are no longer finite, not because its input does not fit."""
-    return str(error).startswith("the router's logits")
-
-
 class GPT(nn.Module):
     """Token ids to the logits of the next token.
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import time
 from dataclasses import asdict, dataclass
@@ -26,6 +25,7 @@ from typing import Any, Protocol
 
 import torch
 
+from adamac.moe.checkpoint import force
 from adamac.moe.lm import checkpoint
 from adamac.moe.lm.corpus import Corpus, Order, is_corpus, prepare, unigram_bits_per_byte
 from adamac.moe.lm.evaluate import bits_per_byte, predicted
@@ -242,7 +242,8 @@ class _Run:
         with self.world.together():
             if self.world.first:
                 config, state = self.learner.model.config, {"time_s": self.time_s}
-                _force(self.rows)
+                if self.rows.exists():
+                    force(self.rows)
                 checkpoint.write_checkpoint(self.checkpoints, self.step, config, weights, moments, state)
 
     def _restore(self) -> None:
@@ -357,12 +358,5 @@ def _write_text(file: Path, text: str) -> None:
     """Replace a file at once."""
     part = file.with_name(file.name + ".part")
     part.write_text(text, encoding="utf-8")
-    _force(part)
+    force(part)
     part.replace(file)
-
-
-def _force(file: Path) -> None:
-    """Return once what was written is on the disk."""
-    if file.exists():
-        with file.open("rb") as open_file:
-            os.fsync(open_file.fileno())
