@@ -45,13 +45,30 @@ def test_quick_norms_change_nothing():
         torch.testing.assert_close(autoencoder.moments(vae, video)[0], stock, atol=1e-5, rtol=1e-4)
 
 
-def test_stills_are_frames_of_clips_without_a_cut():
-    latents = torch.arange(6.0).view(6, 1, 1, 1, 1).expand(6, 2, 3, 1, 1).bfloat16()
-    ids = torch.arange(6)[:, None].expand(6, 4)
-    batch = next(LatentSet(latents, ids).stills(64, leave_out=2))
-    assert batch.latents.shape == (64, 2, 1, 1, 1)
-    assert torch.equal(batch.latents[:, 0, 0, 0, 0], batch.tokens[:, 0].float())
-    assert 2 not in batch.tokens
+def test_a_sketch_has_both_ends_of_a_clip_and_frames_between_them_in_order():
+    latents = torch.arange(7.0).view(1, 1, 7, 1, 1).expand(6, 2, 7, 3, 4).bfloat16()
+    drawn = LatentSet(latents, torch.zeros(6, 4, dtype=torch.long)).sketches(5, frames=4)
+    seen = set()
+    for batch in itertools.islice(drawn, 20):
+        assert batch.latents.shape == (5, 2, 4, 3, 4)
+        assert (batch.latents[:, 0, :, 0, 0] == batch.places).all()
+        assert batch.places[0] == 0
+        assert batch.places[-1] == 6
+        assert (batch.places.diff() > 0).all()
+        seen |= set(batch.places.tolist())
+    assert seen == set(range(7))
+
+
+def test_frames_of_a_sketch_are_embedded_where_they_stand_in_the_clip():
+    rope = dit.build(4, 16, layers=1, heads=1, text_width=32, text_layers=1).transformer.rope
+    whole = [table.unflatten(1, (7, 6)) for table in rope(torch.empty(1, 4, 7, 2, 3))]
+    places = torch.tensor([0, 2, 6])
+    with dit.standing_at(rope, places):
+        some = [table.unflatten(1, (3, 6)) for table in rope(torch.empty(1, 4, 3, 2, 3))]
+    for table, rows in zip(whole, some, strict=True):
+        assert torch.equal(table[:, places], rows)
+    again = [table.unflatten(1, (7, 6)) for table in rope(torch.empty(1, 4, 7, 2, 3))]
+    assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -92,13 +109,13 @@ def test_the_autoencoder_trains_on_clips_of_two_sizes(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_denoiser_trains_on_clips_and_stills_in_turn(monkeypatch):
+def test_the_denoiser_trains_on_clips_and_sketches_in_turn(monkeypatch):
     tick_once_a_look(monkeypatch, dit)
     network = dit.build(4, 16, layers=2, heads=1, feed_forward=64, text_width=32, text_layers=1).to(DEVICE)
     averaged = dit.copy_of(network)
     ids = torch.ones(2, 8, dtype=torch.long, device=DEVICE)
-    lengths = itertools.cycle([3, 3, 1])
-    batches = (dit.Batch(torch.randn(2, 4, n, 4, 6, device=DEVICE), ids) for n in lengths)
+    places = itertools.cycle([torch.arange(4), torch.arange(4), torch.tensor([0, 1, 3])])
+    batches = (dit.Batch(torch.randn(2, 4, len(p), 4, 6, device=DEVICE), ids, p.to(DEVICE)) for p in places)
     compiled = DEVICE.type == "cuda"
     teacher = dit.copy_of(averaged)
     for target in (dit.data_velocity, dit.guided_velocity(teacher, ids[0], 2.0)):
@@ -122,7 +139,7 @@ def test_a_tiny_run_ends_with_weights_that_load(tmp_path):
     command = [sys.executable, "-m", "adamac.embedded.train", "--tiny", "--workers", "1"]
     command += ["--film", str(tmp_path / "film.avi"), "--output", str(tmp_path)]
     command += [
-        f"--{stage}-minutes=0.0001" for stage in ("reading", "vae", "short", "still", "full", "distil")
+        f"--{stage}-minutes=0.0001" for stage in ("reading", "vae", "sketch", "full", "distil")
     ]
     subprocess.run(command, check=True, timeout=240, capture_output=True)
     with zipfile.ZipFile(tmp_path / "weights.zip") as archive:

@@ -45,13 +45,14 @@ PICTURE_BACKGROUNDS = ("a meadow", "a beach", "a night sky")
 BACKGROUNDS = (*PLAIN_BACKGROUNDS, *PICTURE_BACKGROUNDS)
 
 HIDDEN_ON: dict[str, tuple[str, ...]] = {
-    "white": ("a white background",),
+    "white": ("a white background", "a pale pink background", "a pale green background"),
+    "pink": ("a pale pink background",),
     "black": ("a black background", "a night sky"),
     "blue": ("a night sky",),
     "purple": ("a night sky",),
     "brown": ("a night sky", "a black background"),
     "green": ("a meadow",),
-    "yellow": ("a beach",),
+    "yellow": ("a beach", "a white background"),
     "orange": ("a beach",),
 }
 """Backgrounds on which an object of a colour cannot be told from what is behind it."""
@@ -186,12 +187,12 @@ def sprite(
 
 
 def box_of(corners: np.ndarray, height: int, width: int) -> tuple[float, float, float, float]:
-    """Box ``(left, top, right, bottom)`` in pixels around corners, two pixels of blur included.
+    """Box ``(left, top, right, bottom)`` in pixels around corners, three pixels of blur included.
 
     It is cut at the frame's border; all zeros if nothing of it is in the frame.
     """
-    left, top = np.maximum(corners.min(axis=0) - 2, 0)
-    right, bottom = np.minimum(corners.max(axis=0) + 2, (width, height))
+    left, top = np.maximum(corners.min(axis=0) - 3, 0)
+    right, bottom = np.minimum(corners.max(axis=0) + 3, (width, height))
     if right <= left or bottom <= top:
         return 0.0, 0.0, 0.0, 0.0
     return float(left), float(top), float(right), float(bottom)

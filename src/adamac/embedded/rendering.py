@@ -96,12 +96,12 @@ class Renderer:
 
 
 MIX = {
-    "plain": 0.10,
-    "cut": 0.24,
-    "interaction": 0.12,
-    "thin": 0.08,
+    "plain": 0.12,
+    "cut": 0.25,
+    "interaction": 0.15,
+    "thin": 0.12,
     "small_fast": 0.05,
-    "text": 0.26,
+    "text": 0.16,
     "low_light": 0.05,
     "reflection": 0.1,
 }

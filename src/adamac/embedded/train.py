@@ -2,9 +2,9 @@
 
 Four things happen in turn, each for a given number of minutes: the text encoder learns to read captions
 (:mod:`adamac.embedded.reading`); the autoencoder learns to compress clips; clips are painted, encoded and
-kept on the device; the transformer and its text encoder learn to denoise them, first clips of 17 frames (many, quick), then stills, then the full 49 frames with stills in
-between, and at last what the network itself says under guidance, so that one forward a step is enough in
-use. A run can start from the weights of an earlier one (``--resume``); it then trains what it is given
+kept on the device; the transformer and its text encoder learn to denoise them, first sketches of a few
+latent frames (:mod:`adamac.embedded.dit`; many, quick), then whole clips with sketches in between, and at
+last what the network itself says under guidance, so that one forward a step is enough in use. A run can start from the weights of an earlier one (``--resume``); it then trains what it is given
 minutes for.
 """
 
@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from rich.logging import RichHandler
+from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
 
 from adamac import embedded
@@ -34,13 +35,13 @@ from adamac.embedded.rendering import Order, Renderer, mixed_orders
 
 logger = logging.getLogger("adamac.embedded.train")
 
-FILM_SHARE = 0.12
-"""Share of the film among the transformer's training clips."""
+FILM_SHARE = 0.03
+"""Share of the film among the transformer's training clips. Its loss is ten times that of painted clips and
+its shots do not carry over, so at 12 % it was most of the gradient."""
 CROPPED_SHARE = 0.75
 """The autoencoder sees quarters of many clips for this share of its time, then whole frames."""
-STILLS_EVERY = 4
-"""Every so many steps at full length is one of stills: shapes, colours and letters need no motion, and a
-still costs a fortieth of a clip."""
+SKETCH_EVERY = 2
+"""Every so many steps on whole clips is one of sketches."""
 HELD_OUT_SEED = 10**9
 """Seeds of held-out clips begin here; training seeds stay below."""
 
@@ -51,17 +52,15 @@ class Size:
 
     height: int = 112
     width: int = 192
-    short: int = 17
     full: int = 49
+    sketch: int = 4
     vae_clips: int = 2400
     vae_batch: int = 3
-    short_clips: int = 24_000
-    full_clips: int = 40_000
+    clips: int = 40_000
     captions: int = 5000
     held_out: int = 8
-    short_batch: int = 64
+    sketch_batch: int = 80
     full_batch: int = 24
-    still_batch: int = 512
     encode_batch: int = 16
     vae: dict = dataclasses.field(default_factory=dict)
     denoiser: dict = dataclasses.field(default_factory=dict)
@@ -70,17 +69,15 @@ class Size:
 TINY = Size(
     height=32,
     width=48,
-    short=5,
-    full=9,
+    full=13,
+    sketch=3,
     vae_clips=8,
     vae_batch=2,
-    short_clips=12,
-    full_clips=12,
+    clips=12,
     captions=40,
     held_out=1,
-    short_batch=2,
+    sketch_batch=2,
     full_batch=2,
-    still_batch=2,
     encode_batch=4,
     vae={"encoder_width": 8, "decoder_width": 8},
     denoiser={"layers": 1, "heads": 1, "feed_forward": 64, "text_width": 32, "text_layers": 1},
@@ -96,22 +93,29 @@ class LatentSet:
     tokens: torch.Tensor
 
     def batches(self, size: int) -> Iterator[dit.Batch]:
-        """Random batches without end."""
+        """Random batches of whole clips without end."""
+        everywhere = torch.arange(self.latents.shape[2], device=self.tokens.device)
         while True:
             index = torch.randint(len(self.tokens), (size,), device=self.tokens.device)
-            yield dit.Batch(self.latents[index].float(), self.tokens[index])
+            yield dit.Batch(self.latents[index].float(), self.tokens[index], everywhere)
 
-    def stills(self, size: int, leave_out: int) -> Iterator[dit.Batch]:
-        """Batches of single latent frames, none from a clip whose caption has the token ``leave_out``."""
-        usable = (self.tokens != leave_out).all(dim=1).nonzero()[:, 0]
+    def sketches(self, size: int, frames: int) -> Iterator[dit.Batch]:
+        """Random batches of ``frames`` latent frames of clips: both ends and others between them."""
+        device, last = self.tokens.device, self.latents.shape[2] - 1
         while True:
-            index = usable[torch.randint(len(usable), (size,), device=usable.device)]
-            when = torch.randint(self.latents.shape[2], (size,), device=usable.device)
-            yield dit.Batch(self.latents[index, :, when][:, :, None].float(), self.tokens[index])
+            index = torch.randint(len(self.tokens), (size,), device=device)
+            between = 1 + torch.randperm(last - 1, device=device)[: frames - 2].sort().values
+            places = functional.pad(functional.pad(between, (1, 0)), (0, 1), value=last)
+            some = self.latents[index[:, None], :, places[None]].movedim(2, 1)
+            yield dit.Batch(some.float(), self.tokens[index], places)
 
     def all(self) -> dit.Batch:
         """Everything as one batch."""
-        return dit.Batch(self.latents.float(), self.tokens)
+        return dit.Batch(
+            self.latents.float(),
+            self.tokens,
+            torch.arange(self.latents.shape[2], device=self.tokens.device),
+        )
 
 
 class Run:
@@ -198,22 +202,15 @@ class Run:
             ids.append(self.tokenise(captions))
         return LatentSet(torch.cat(latents), torch.cat(ids))
 
-    def training_set(self, count: int, frames: int) -> LatentSet:
-        """Up to ``count`` procedural clips of one length and their share of film, encoded."""
+    def training_set(self) -> LatentSet:
+        """As many procedural clips as are painted in time, and their share of film, encoded."""
         began, size = time.monotonic(), self.size
-        orders = mixed_orders(
-            count, self.options.first_seed + frames * 1_000_000, frames, size.height, size.width
-        )
+        orders = mixed_orders(size.clips, self.options.first_seed, size.full, size.height, size.width)
         painted = self.encoded(self.rendered(orders, self.options.encode_minutes * 60))
         made = len(painted.tokens)
-        of_film = self.encoded(self.filmed(int(made * FILM_SHARE / (1 - FILM_SHARE)), frames))
-        self.report[f"clips_{frames}"] = made + len(of_film.tokens)
-        logger.info(
-            "%d clips of %d frames in %.0f s",
-            self.report[f"clips_{frames}"],
-            frames,
-            time.monotonic() - began,
-        )
+        of_film = self.encoded(self.filmed(max(int(made * FILM_SHARE / (1 - FILM_SHARE)), 1), size.full))
+        self.report["clips"] = made + len(of_film.tokens)
+        logger.info("%d clips in %.0f s", self.report["clips"], time.monotonic() - began)
         return LatentSet(
             torch.cat([painted.latents, of_film.latents]), torch.cat([painted.tokens, of_film.tokens])
         )
@@ -310,15 +307,15 @@ class Run:
         self.report["vae_psnr_db"] = ceiling
         logger.info("vae ceiling, dB: %s", ceiling)
 
-    def stills(self, data: LatentSet) -> Iterator[dit.Batch]:
-        """Single frames; a still cannot say on which side of a cut it is, so clips with one are left out."""
-        return data.stills(self.size.still_batch, self.tokenizer.convert_tokens_to_ids("cut"))
+    def sketches(self, data: LatentSet) -> Iterator[dit.Batch]:
+        """A few latent frames of each clip."""
+        return data.sketches(self.size.sketch_batch, self.size.sketch)
 
-    def full_and_still(self, data: LatentSet) -> Iterator[dit.Batch]:
-        """Clips of full length, and every :data:`STILLS_EVERY` batches one of stills."""
-        clips, stills = data.batches(self.size.full_batch), self.stills(data)
+    def whole_and_sketched(self, data: LatentSet) -> Iterator[dit.Batch]:
+        """Whole clips, and every :data:`SKETCH_EVERY` batches one of sketches."""
+        clips, sketches = data.batches(self.size.full_batch), self.sketches(data)
         for number in itertools.count(1):
-            yield next(clips if number % STILLS_EVERY else stills)
+            yield next(clips if number % SKETCH_EVERY else sketches)
 
     def train_denoiser(
         self,
@@ -390,36 +387,27 @@ class Run:
             self.train_vae()
             self.checkpoint()
         self.vae = autoencoder.to_device(self.vae, self.device).eval()
-        if options.short_minutes > 0:
+        if options.sketch_minutes + options.full_minutes + options.distil_minutes > 0:
+            data = self.training_set()
+        if options.sketch_minutes > 0:
             self.train_denoiser(
-                self.training_set(size.short_clips, size.short).batches(size.short_batch),
-                dit.Schedule(
-                    options.short_minutes * 60, options.rate, options.short_cooldown, final=options.handover
-                ),
-                "short",
-            )
-        if options.still_minutes + options.full_minutes + options.distil_minutes > 0:
-            full = self.training_set(size.full_clips, size.full)
-        if options.still_minutes > 0:
-            self.train_denoiser(
-                self.stills(full),
-                dit.Schedule(options.still_minutes * 60, options.rate, 0.3, final=options.handover),
-                "still",
+                self.sketches(data),
+                dit.Schedule(options.sketch_minutes * 60, options.rate, 0.3, final=options.handover),
+                "sketch",
             )
         if options.full_minutes > 0:
             self.train_denoiser(
-                self.full_and_still(full),
-                dit.Schedule(options.full_minutes * 60, options.rate * options.handover, 0.7),
+                self.whole_and_sketched(data),
+                dit.Schedule(options.full_minutes * 60, options.rate * options.handover, 0.8),
                 "full",
             )
             self.measure_loss("full")
-            self.sheets("plain_guidance1", 1.0)
             self.sheets(f"plain_guidance{options.guidance:g}", options.guidance)
         if options.distil_minutes > 0:
             self.checkpoint("weights_before_distillation")
             teacher = dit.copy_of(self.averaged)
             self.train_denoiser(
-                full.batches(size.full_batch),
+                data.batches(size.full_batch),
                 dit.Schedule(options.distil_minutes * 60, options.rate * 0.4, 0.8),
                 "distil",
                 dit.guided_velocity(teacher, self.empty(), options.guidance),
@@ -446,20 +434,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--reading-minutes", type=float, default=0.7, help="text encoder, captions alone")
     add("--vae-minutes", type=float, default=3.0)
     add("--vae-rate", type=float, default=5e-4, help="peak learning rate of the autoencoder")
-    add("--short-minutes", type=float, default=10.0, help="transformer, 17 frames")
-    add("--still-minutes", type=float, default=2.0, help="transformer, single frames of the 49")
-    add("--full-minutes", type=float, default=10.0, help="transformer, 49 frames")
+    add("--sketch-minutes", type=float, default=10.0, help="transformer, a few latent frames of each clip")
+    add("--full-minutes", type=float, default=10.0, help="transformer, whole clips of 49 frames")
     add("--distil-minutes", type=float, default=2.0, help="guidance distillation, 49 frames")
     add("--encode-minutes", type=float, default=2.0, help="at most, for each set of clips")
     add("--guidance", type=float, default=3.0, help="guidance scale that is distilled")
     add("--rate", type=float, default=2e-3, help="peak learning rate of Muon; AdamW has half")
     add("--handover", type=float, default=0.5, help="share of the rate kept for full length")
-    add(
-        "--short-cooldown",
-        type=float,
-        default=0.3,
-        help="last share of the short stage's time in which the rate falls to the handover",
-    )
     add("--first-seed", type=int, default=0, help="of the painted clips; a later run takes another")
     add("--seed", type=int, default=0)
     add("--workers", type=int, default=max((os.cpu_count() or 2) - 1, 1))
