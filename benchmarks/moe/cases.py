@@ -66,7 +66,7 @@ class LayerCase:
         tokens: On each rank.
         routing: How tokens are routed.
         num_experts: On all ranks together.
-        rivals: Whether other packages' layers take part.
+        rivals: Other packages' layers that take part.
         budget_s: Seconds that timing may take.
     """
 
@@ -76,7 +76,7 @@ class LayerCase:
     tokens: int = 4096
     routing: Routing = "balanced"
     num_experts: int = 64
-    rivals: bool = False
+    rivals: tuple[str, ...] = ()
     budget_s: float = 8.0
 
     @property
@@ -144,9 +144,45 @@ class ModelCase:
         return f"model {self.model} top-{self.top_k} {self.work}"
 
 
-Case = LayerCase | CollectivesCase | KernelsCase | ModelCase
+@dataclass(frozen=True)
+class CostCase:
+    """The constants of the cost model, and its predictions before and after the layers themselves are timed.
 
-PARTS = ("collectives", "kernels", "layer", "rivals", "train", "serve")
+    Attributes:
+        tokens: Of the layers that are predicted, on each rank.
+        largest_mib: Of the messages that constants are fitted from.
+    """
+
+    tokens: int
+    largest_mib: int
+
+    @property
+    def title(self) -> str:
+        """In a line of progress."""
+        return f"cost model, layers of {self.tokens} tokens"
+
+
+@dataclass(frozen=True)
+class LaunchesCase:
+    """What runs on the device, kernel by kernel; fields as in :class:`LayerCase`."""
+
+    hidden: int = 2048
+    top_k: int = 8
+    ratio: float = 0.25
+    tokens: int = 16384
+    num_experts: int = 64
+
+    @property
+    def title(self) -> str:
+        """In a line of progress."""
+        return f"launches h{self.hidden} top-{self.top_k} r{self.ratio:g} {self.tokens} tokens"
+
+
+Case = LayerCase | CollectivesCase | KernelsCase | ModelCase | CostCase | LaunchesCase
+
+PARTS = ("cost", "collectives", "kernels", "launches", "layer", "rivals", "train", "serve")
+# DeepSpeed's layer multiplies with a matrix of tokens x experts x capacity: its work grows with the square of the tokens.
+_FEW_TOKENS = 1024
 _HIDDEN, _TOP_K, _RATIO = (2048, 1024, 4096), (8, 4, 16), (0.25, 0.5, 0.125)
 _TOKENS = (1024, 4096, 16384)
 
@@ -173,9 +209,14 @@ def cases(
         routing: Kinds of routing.
     """
     found: list[Case] = []
+    if "cost" in parts:
+        found.append(CostCase(64 if plan == "tiny" else 4096, fabric.largest_mib))
     if "collectives" in parts and fabric.backend is not None:
         found.append(CollectivesCase(fabric.largest_mib, budget_s=4 if plan == "quick" else 8))
-    kernels = _kernels(plan) if "kernels" in parts and fabric.backend is None else []
+    alone = fabric.backend is None
+    pieces: list[Case] = [*(_kernels(plan) if alone and "kernels" in parts else [])]
+    if alone and "launches" in parts:
+        pieces.append(LaunchesCase(64, 2, tokens=64, num_experts=8) if plan == "tiny" else LaunchesCase())
     models = _models(plan, fabric, parts)
     early, late = (models, []) if plan == "quick" else ([], models)
     wanted = [
@@ -188,7 +229,10 @@ def cases(
     ]
     if "layer" not in parts:
         wanted = [case for case in wanted if case.rivals]
-    return [*found, *wanted[:1], *kernels, *early, *wanted[1:], *late]
+    # Those of the targets first: as many as the quick plan has without rivals.
+    first = [case for case in wanted if not case.rivals][: 2 if plan == "quick" else 1]
+    rest = [case for case in wanted if case not in first]
+    return [*found, *first, *pieces, *early, *rest, *late]
 
 
 def _layers(plan: str, fabric: Fabric, *, rivals: bool) -> list[LayerCase]:
@@ -197,14 +241,20 @@ def _layers(plan: str, fabric: Fabric, *, rivals: bool) -> list[LayerCase]:
     first = LayerCase(tokens=fabric.tokens, budget_s=16 if fabric.name == "sockets" else 10)
     if plan == "tiny":
         first = replace(first, hidden=64, top_k=2, num_experts=8, tokens=256, budget_s=0.2)
-    skewed = replace(first, routing="trained_like")
-    compared = [replace(case, rivals=True) for case in (first, skewed)] if rivals else []
+    skewed, fewer = replace(first, routing="trained_like"), replace(first, top_k=first.top_k // 2)
+    transformers = replace(first, rivals=("transformers",))
+    both = replace(first, tokens=min(first.tokens, _FEW_TOKENS), rivals=("deepspeed", "transformers"))
+    compared = [transformers, both] if rivals else []
     if plan == "tiny":
-        return [first, skewed, *compared[:1]]
+        return [first, skewed, *compared]
     if plan == "quick":
-        return [first, *compared[: fabric.name in ("nvlink", "shm")], skewed]
+        return [first, fewer, *(compared if fabric.name in ("nvlink", "shm") else ()), skewed]
     if compared:
-        compared += [replace(compared[0], top_k=4), replace(compared[0], hidden=1024)]
+        compared += [
+            replace(transformers, routing="trained_like"),
+            replace(transformers, top_k=4),
+            replace(transformers, hidden=1024),
+        ]
     lengths = [replace(first, tokens=tokens) for tokens in _TOKENS]
     grid = [
         replace(first, hidden=hidden, top_k=top_k, ratio=ratio, routing=routing)

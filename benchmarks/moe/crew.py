@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from adamac.advise.machine import Machine
+
 # A rank whose step failed waits this long for word that the others' failed too. They may be stuck in what it left.
 _FAILED_WAIT_S = 20.0
 
@@ -39,6 +41,7 @@ class Crew:
         pulse: Called now and then while work goes on.
         limit_s: How long a rank waits for the others' words.
         refused: What is not timed, and why, found out before.
+        machine: What predicts, once a cost model has been fitted here.
     """
 
     rank: int
@@ -52,6 +55,7 @@ class Crew:
     pulse: Callable[[], None] = lambda: None
     limit_s: float = 300.0
     refused: dict[str, str] = field(default_factory=dict)
+    machine: Machine | None = None
     _words: int = 0
 
     @property

@@ -20,12 +20,28 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from .cases import Case, CollectivesCase, Fabric, KernelsCase, LayerCase, ModelCase
+from .cases import (
+    Case,
+    CollectivesCase,
+    CostCase,
+    Fabric,
+    KernelsCase,
+    LaunchesCase,
+    LayerCase,
+    ModelCase,
+)
 
 Row = dict[str, Any]
 
 # What runs a case. Imported when it is needed, so that what is broken in one costs its own cases only.
-_MODULES = {LayerCase: "layer", CollectivesCase: "collectives", KernelsCase: "kernels", ModelCase: "model"}
+_MODULES = {
+    LayerCase: "layer",
+    CollectivesCase: "collectives",
+    KernelsCase: "kernels",
+    LaunchesCase: "launches",
+    ModelCase: "model",
+    CostCase: "cost",
+}
 
 # When one rank fails, others follow: this long is waited for the word of the first that knows why.
 _GRACE_S = 1.0
@@ -222,6 +238,12 @@ def _work(order: Order, first: int, rank: int, folder: str, end: Connection) -> 
     crew.row(
         {"benchmark": "moe_check", "relative_error": errors, **_verdict(crew.refused, ways, order.fabric)}
     )
+    if first == 0 and order.fabric.backend is not None:
+        hard = check.hard_situations(crew)
+        wrong = check.problems(hard)
+        reason = "; ".join(f"{name}: {problem}" for name, problem in wrong.items())
+        verdict = {"status": "error", "reason": reason} if wrong else {"status": "ok"}
+        crew.row({"benchmark": "moe_check_hard", "relative_error": hard, **verdict})
     for number in range(first, len(order.cases)):
         case = order.cases[number]
         if not crew.in_time():

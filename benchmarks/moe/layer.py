@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from adamac.advise.moe import predict
 from adamac.moe import MoE
 from adamac.moe.timing import Clock, StageClock
 from adamac.moe.traffic import flops_per_token, parameters
@@ -52,6 +53,7 @@ def run(case: LayerCase, crew: Crew) -> None:
             rows.setdefault(arm, {"status": "ok"})[name] = figures(times)
     for arm in arms:
         rows[arm.name] |= _anatomy(arm, inputs, crew)
+        _foresee(rows[arm.name], arm, inputs, crew)
     _compare(rows)
     order = [name_of(preset, name) for preset in PRESETS for name in dispatchers(crew.ranks)] + list(RIVALS)
     for name in (name for name in order if name in rows):
@@ -73,8 +75,8 @@ def _with_rivals(case: LayerCase, crew: Crew, arms: list[Arm]) -> tuple[list[Arm
     baseline = next(arm.layer for arm in arms if arm.preset == BASELINE)
     assert baseline is not None
     arms, rows = list(arms), {}
-    for name, make_rival in RIVALS.items():
-        arm, problem = crew.attempt(lambda make_rival=make_rival: make_rival(case, baseline, crew))
+    for name in case.rivals:
+        arm, problem = crew.attempt(lambda make_rival=RIVALS[name]: make_rival(case, baseline, crew))
         if problem is None:
             arms.append(arm)
         else:
@@ -155,6 +157,23 @@ def _anatomy(arm: Arm, inputs: Inputs, crew: Crew) -> Row:
         "parameters": parameters(layer.config),
         "flops_per_token": flops_per_token(layer.config),
     }
+
+
+def _foresee(row: Row, arm: Arm, inputs: Inputs, crew: Crew) -> None:
+    """Put beside the times what the cost model, fitted before, says of them."""
+    if crew.machine is None or arm.layer is None:
+        return
+    for name in ("forward", "forward_backward"):
+        said = predict(
+            arm.layer.config,
+            len(inputs.x),
+            crew.ranks,
+            arm.dispatcher,
+            crew.machine,
+            backward=name == "forward_backward",
+            itemsize=inputs.x.element_size(),
+        )
+        row[name]["predicted_ms"] = said.time_ms
 
 
 def _peak_gib(arm: Arm, inputs: Inputs, crew: Crew) -> float | None:

@@ -189,7 +189,7 @@ def test_a_rival_that_is_not_installed_is_a_row(alone, monkeypatch):
         raise rivals.AbsentError(f"{package} is not installed")
 
     monkeypatch.setattr(rivals, "_version", absent)
-    layer.run(replace(TINY, rivals=True), alone)
+    layer.run(replace(TINY, rivals=tuple(rivals.RIVALS)), alone)
     rows = handed_out(alone)
     assert {name: rows[name]["status"] for name in rivals.RIVALS} == dict.fromkeys(rivals.RIVALS, "absent")
     assert rows["deepspeed"]["reason"] == "AbsentError: deepspeed is not installed"

@@ -118,11 +118,14 @@ class Machine:
         }
         return self.changed(**costs)
 
+    def to_json(self) -> dict[str, Any]:
+        """What JSON can hold of it; infinite rates are null."""
+        return asdict(self) | {"costs": {kind: _to_json(cost) for kind, cost in self.costs.items()}}
+
     def save(self, path: Path) -> None:
-        """Write JSON; infinite rates are null."""
+        """Write :meth:`to_json` to a file."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        whole = asdict(self) | {"costs": {kind: _to_json(cost) for kind, cost in self.costs.items()}}
-        path.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> Machine:

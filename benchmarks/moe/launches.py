@@ -1,0 +1,72 @@
+"""What runs on the device, kernel by kernel: where time goes that no stage explains, and how often the host is asked.
+
+A profiled pass is slower than a timed one, above all for the host; only the device's own times are kept, a mean of several passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from .arms import make_arms
+from .cases import LaunchesCase, LayerCase
+from .crew import Crew
+from .inputs import make
+
+_PASSES = 3
+# Kernels in a row, those that take longest.
+_MOST = 40
+
+
+def run(case: LaunchesCase, crew: Crew) -> None:
+    """Profile each arm, and hand out a row for each pass."""
+    common = {"benchmark": "moe_launches", **asdict(case), "dtype": str(crew.dtype).removeprefix("torch.")}
+    layer_case = LayerCase(case.hidden, case.top_k, case.ratio, case.tokens, num_experts=case.num_experts)
+    inputs = make(layer_case, crew.rank, crew.device, crew.dtype)
+    inputs.x.requires_grad_()
+    for arm in make_arms(layer_case, inputs.router, crew, crew.dtype):
+
+        def forward(arm: Any = arm) -> None:
+            with torch.no_grad():
+                arm.forward(inputs.x)
+
+        def both(arm: Any = arm) -> None:
+            arm.both(inputs.x, inputs.gradient)
+
+        for name, step in (("forward", forward), ("forward_backward", both)):
+            found, problem = crew.attempt(lambda step=step: _profiled(step, crew))
+            entries = {"arm": arm.name, "preset": arm.preset, "dispatcher": arm.dispatcher, "pass": name}
+            if problem is None:
+                entries |= {"status": "ok", **found}
+            else:
+                entries |= {"status": "error", "reason": problem}
+            crew.row(common | entries)
+
+
+def _profiled(step: Callable[[], None], crew: Crew) -> dict[str, Any]:
+    """Kernels of a pass: how often each runs and what it takes, the longest first."""
+    cuda = crew.device.type == "cuda"
+    activities = [ProfilerActivity.CUDA] if cuda else [ProfilerActivity.CPU]
+    step()
+    crew.wait()
+    with profile(activities=activities) as profiler:
+        for _ in range(_PASSES):
+            step()
+        crew.wait()
+    events = [
+        (event.key, event.count, event.self_device_time_total if cuda else event.self_cpu_time_total)
+        for event in profiler.key_averages()
+    ]
+    kernels = sorted(((1e-3 * us / _PASSES, name, count) for name, count, us in events if us), reverse=True)
+    return {
+        "launches": sum(count for _, _, count in kernels) / _PASSES,
+        "device_ms": sum(time_ms for time_ms, _, _ in kernels),
+        "kernels": [
+            {"name": name[:120], "calls": count / _PASSES, "ms": time_ms}
+            for time_ms, name, count in kernels[:_MOST]
+        ],
+    }
