@@ -97,12 +97,21 @@ def _targets(rows: list[Row]) -> str:
 def _against_rivals(rows: list[Row], fabric: str) -> tuple[float, float] | None:
     """How much longer the fastest rival takes than the baseline's fastest dispatcher: at XL top-8, the worst of its cases."""
     found = []
-    xl = [row for row in _ok(rows, "moe_layer") if (row["hidden"], row["top_k"], row["fabric"]) == (2048, 8, fabric)]
+    xl = [
+        row
+        for row in _ok(rows, "moe_layer")
+        if (row["hidden"], row["top_k"], row["fabric"]) == (2048, 8, fabric)
+    ]
     for case in _grouped(xl, "run", *_SHAPE).values():
         ours = [row for row in case if row["preset"] == BASELINE and row["arm"] not in RIVALS]
         theirs = [row for row in case if row["arm"] in RIVALS]
         if ours and theirs:
-            found.append([min(row[name]["p50_ms"] for row in theirs) / min(row[name]["p50_ms"] for row in ours) for name in _DIRECTIONS])
+            found.append(
+                [
+                    min(row[name]["p50_ms"] for row in theirs) / min(row[name]["p50_ms"] for row in ours)
+                    for name in _DIRECTIONS
+                ]
+            )
     return None if not found else (min(pair[0] for pair in found), min(pair[1] for pair in found))
 
 
@@ -132,13 +141,24 @@ def _cost_line(rows: list[Row]) -> list[str]:
     within = sum(error <= _FORESEEN for error in errors)
     worst = f"worst {max(errors):.0%}, median {median(errors):.0%}"
     verdict = "met" if within == len(errors) else "missed"
-    return ["cost model against measurement", "within 15 %", f"{within} of {len(errors)} points", worst, verdict]
+    return [
+        "cost model against measurement",
+        "within 15 %",
+        f"{within} of {len(errors)} points",
+        worst,
+        verdict,
+    ]
 
 
 def _costs(fabric: str, rows: list[Row]) -> str:
     """Constants of the cost model, and what it said of layers."""
     constants = [
-        [kind, f"{1e3 * cost['overhead_ms']:.1f}", _rate(cost["flops_per_s"], 1e12), _rate(cost["bytes_per_s"], 1e9)]
+        [
+            kind,
+            f"{1e3 * cost['overhead_ms']:.1f}",
+            _rate(cost["flops_per_s"], 1e12),
+            _rate(cost["bytes_per_s"], 1e9),
+        ]
         for row in _latest(_ok(rows, "moe_cost"))
         for kind, cost in row["machine"]["costs"].items()
     ]

@@ -19,12 +19,12 @@ import math
 import shutil
 import time
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+import adamac
 from adamac.moe.checkpoint import force
 from adamac.moe.lm import checkpoint
 from adamac.moe.lm.corpus import Corpus, Order, is_corpus, prepare, unigram_bits_per_byte
@@ -301,7 +301,7 @@ def _is_begun(directory: Path, recipe: Recipe, resume: bool) -> bool:
 def _claim(directory: Path, recipe: Recipe) -> None:
     """Make a directory this run's."""
     directory.mkdir(parents=True, exist_ok=True)
-    about = {"adamac": version("adamac"), "torch": torch.__version__, "recipe": recipe.to_dict()}
+    about = {"adamac": adamac.__version__, "torch": torch.__version__, "recipe": recipe.to_dict()}
     _write_text(directory / "run.json", json.dumps(about, indent=2) + "\n")
 
 
