@@ -26,17 +26,9 @@ def tables(rows: list[Row]) -> str:
         return "no rows"
     parts = [_title(rows)]
     fabrics = list(dict.fromkeys(row["fabric"] for row in rows))
-    for fabric in fabrics:
-        own = [row for row in rows if row["fabric"] == fabric]
-        parts += [_kernels(fabric, own)]
-        parts += [
-            _layers(fabric, own),
-            _anatomy(fabric, own),
-            _collectives(fabric, own),
-            _costs(fabric, own),
-            _launches(fabric, own),
-            _models(fabric, own),
-        ]
+    by_fabric = {fabric: [row for row in rows if row["fabric"] == fabric] for fabric in fabrics}
+    for draw in (_launches, _kernels, _costs, _collectives, _anatomy, _models, _layers):
+        parts += [draw(fabric, own) for fabric, own in by_fabric.items()]
     # The end is what is left where output is cut.
     parts += [_rivals(rows), _problems(rows), _targets(rows)]
     return "\n\n".join(part for part in parts if part)

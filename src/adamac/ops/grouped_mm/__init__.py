@@ -35,7 +35,8 @@ def grouped_mm(rows: Tensor, weights: Tensor, counts: Tensor, *, impl: GroupedIm
         ValueError: If shapes or dtypes do not fit, or ``impl="torch"`` cannot run on these.
     """
     _check(rows, weights, counts)
-    if chosen(impl, rows, weights) == "torch":
+    # Without rows there is nothing to launch, and not every kernel takes that.
+    if chosen(impl, rows, weights) == "torch" and len(rows):
         ends = counts.cumsum(0, dtype=torch.int32)
         return _ContiguousGradient.apply(torch.nn.functional.grouped_mm(rows, weights, offs=ends))
     from adamac.ops.grouped_mm import reference
