@@ -138,9 +138,7 @@ def test_a_tiny_run_ends_with_weights_that_load(tmp_path):
     # A process of its own: the painters are forked, which must come before any thread is started.
     command = [sys.executable, "-m", "adamac.embedded.train", "--tiny", "--workers", "1"]
     command += ["--film", str(tmp_path / "film.avi"), "--output", str(tmp_path)]
-    command += [
-        f"--{stage}-minutes=0.0001" for stage in ("reading", "vae", "sketch", "full", "distil")
-    ]
+    command += [f"--{stage}-minutes=0.0001" for stage in ("reading", "vae", "sketch", "full", "distil")]
     subprocess.run(command, check=True, timeout=240, capture_output=True)
     with zipfile.ZipFile(tmp_path / "weights.zip") as archive:
         archive.extractall(tmp_path / "weights")

@@ -6,6 +6,7 @@ keys and values, and logits come from the same :class:`adamac.moe.lm.model.GPT`;
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -17,6 +18,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from adamac.moe import Router, preset
 from adamac.moe.lm.model import GPT, GPTConfig, Keep, View
 
+# What the output calls keys and values of earlier calls: renamed in transformers 5.24.
+_CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
+
 
 class AdamacConfig(PretrainedConfig):
     """A :class:`adamac.moe.lm.model.GPTConfig` with the names that transformers looks for.
@@ -26,7 +30,7 @@ class AdamacConfig(PretrainedConfig):
     """
 
     model_type = "adamac"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ("past_key_values", "cache")
 
     def __init__(self, gpt: dict[str, Any] | None = None, **values: Any) -> None:
         """Describe a model; without arguments, the smallest that transformers may ask for when it compares with defaults."""
@@ -94,6 +98,7 @@ class AdamacForCausalLM(PreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
@@ -105,15 +110,17 @@ class AdamacForCausalLM(PreTrainedModel, GenerationMixin):
             input_ids: ``[batch, tokens]``.
             attention_mask: ``[batch, tokens so far]``, 0 at padding.
             position_ids: ``[batch, tokens]``; counted from the mask if not given.
-            past_key_values: Keys and values of earlier calls.
+            past_key_values: Keys and values of earlier calls, as transformers called them up to 5.23.
+            cache: The same, as it calls them since.
             labels: ``[batch, tokens]``, like the ids, -100 where nothing is predicted; with auxiliary losses added in training.
             use_cache: Whether keys and values are kept.
             logits_to_keep: Logits of so many last tokens only, or of these; 0 of all.
             **unused: What transformers also passes.
         """
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache()
-        view = _view(input_ids, attention_mask, position_ids, past_key_values)
+        cache = past_key_values if cache is None else cache
+        if use_cache and cache is None:
+            cache = DynamicCache()
+        view = _view(input_ids, attention_mask, position_ids, cache)
         features = self.gpt.features(input_ids, view)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.gpt.logits(features[:, kept])
@@ -122,7 +129,8 @@ class AdamacForCausalLM(PreTrainedModel, GenerationMixin):
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.gpt.config.vocab)
             if self.training:
                 loss = loss + torch.stack([moe.auxiliary_loss() for moe in self.gpt.moes]).sum()
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+        kept_values: dict[str, Any] = {_CACHE: cache}
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **kept_values)
 
 
 def _view(ids: Tensor, attention_mask: Tensor | None, positions: Tensor | None, cache: Cache | None) -> View:
