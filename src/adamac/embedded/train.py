@@ -239,10 +239,13 @@ class Run:
             texts = [scenes.caption(c, first + i, size.full) for i, c in enumerate(asked * each)]
             return self.tokenise([t for t in texts if scenes.is_held_out(t) == held_out])
 
+        learned = captions(self.options.first_seed, size.captions, False)
+        judged = captions(HELD_OUT_SEED, size.captions // 10, True)
+        longest = int(max(ids.ne(0).sum(1).max() for ids in (learned, judged)))
         self.report["reading"] = reading.teach(
             self.denoiser.text_encoder,
-            captions(self.options.first_seed, size.captions, False),
-            captions(HELD_OUT_SEED, size.captions // 10, True),
+            learned[:, :longest],
+            judged[:, :longest],
             self.tokenizer.convert_tokens_to_ids("cut"),
             self.options.reading_minutes * 60,
         )
