@@ -25,6 +25,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from adamac.attention.agree import largest, total
 from adamac.attention.cluster import (
     as_clusters,
     check_counts,
@@ -176,8 +177,8 @@ class AdaCluster:
     def _first_keys(self, key: Tensor, layout: Layout) -> Clusters | str:
         """Cluster keys in stages until no key is far from its centroid; a string says why the layer stays dense.
 
-        The count is the layer's: all its heads and samples get as many clusters as the neediest head, some empty. This
-        is the only place that reads a value back from the device, once a video.
+        The count is the layer's: all its heads and samples get as many clusters as the neediest head, some empty, on
+        whatever rank the head is. This is the only place that reads a value back from the device, once a video.
         """
         valid = layout.video_valid()
         tokens = key.shape[2]
@@ -191,10 +192,11 @@ class AdaCluster:
             return as_clusters(key, stage, "euclidean")
         far = distances(key, stage.members.labels, stage.centroids)
         members = (stage.members.labels >= 0).sum()
-        limit = self.outlier_factor * far.sum() / members
+        sums = total(torch.stack([far.sum(dtype=torch.float64), members.double()]), layout.ranks)
+        limit = (self.outlier_factor * sums[0] / sums[1]).to(far.dtype)
         outlier = far > limit
         stages = 0
-        while (most := int(outlier.sum(-1).max())) > 0:
+        while (most := int(largest(outlier.sum(-1).max(), layout.ranks))) > 0:
             room = most_allowed - centroids.shape[2]
             if room < 1 and self.hard_layers == "sparse":
                 break

@@ -8,11 +8,15 @@ everything.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from adamac.ops.segment import Segments
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,8 @@ class Layout:
         valid: ``[batch, tokens]`` bool, false for padding, which is dropped; ``None`` means that all are valid.
         grid: ``(frames, height, width)`` of the video tokens in raster order, where known; methods that cut tiles
             need it.
+        ranks: The ranks among which the heads of the layer are spread; ``None`` if all are here. What a method decides for
+            a whole layer it has to decide with them (:mod:`adamac.attention.agree`), in the same calls on every rank.
     """
 
     tokens: int
@@ -33,6 +39,7 @@ class Layout:
     video_stop: int
     valid: Tensor | None = None
     grid: tuple[int, int, int] | None = None
+    ranks: ProcessGroup | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.video_start < self.video_stop <= self.tokens:

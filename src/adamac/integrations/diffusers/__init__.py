@@ -4,5 +4,16 @@ from adamac.integrations.diffusers.families import FAMILIES, Family, Unsupported
 from adamac.integrations.diffusers.handle import Handle, enable
 from adamac.integrations.diffusers.inspect import Finding, inspect
 from adamac.integrations.diffusers.ledger import Report
+from adamac.integrations.diffusers.parallel import parallelize
 
-__all__ = ["FAMILIES", "Family", "Finding", "Handle", "Report", "UnsupportedModelError", "enable", "inspect"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "Finding",
+    "Handle",
+    "Report",
+    "UnsupportedModelError",
+    "enable",
+    "inspect",
+    "parallelize",
+]

@@ -7,10 +7,11 @@ which modules those are, where text sits, and how the latent grid becomes tokens
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 
 
 class UnsupportedModelError(ValueError):
@@ -33,6 +34,10 @@ class Family:
         text_mask: Name of the transformer's argument ``[batch, text_tokens]`` that says which text tokens are no
             padding; ``None`` if text is never masked in self-attention. Its padding stands at the end of the sequence,
             and the model discards what attention gives for it.
+        split: How context parallelism cuts the video tokens of its sequences, in diffusers' terms; empty where diffusers
+            has that itself. Text is not cut.
+        unsplit: Entries of the configuration, with the value at which the model reads positions within the sequence, so
+            that it cannot be cut.
     """
 
     name: str
@@ -42,6 +47,8 @@ class Family:
     patch: tuple[str, ...]
     frames_first: bool = False
     text_mask: str | None = None
+    split: dict[str, Any] = field(default_factory=dict)
+    unsplit: dict[str, Any] = field(default_factory=dict)
 
     def modules(self, transformer: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
         """Self-attention modules by name, in the order in which they run."""
@@ -67,6 +74,11 @@ class Family:
         return frames // per_frame, shape[3] // per_row, shape[4] // per_column
 
 
+_TOKENS = ContextParallelInput(split_dim=1, expected_dims=3)
+_POSITIONS = ContextParallelInput(split_dim=0, expected_dims=2)
+_POSITIONS_MADE = ContextParallelInput(split_dim=0, expected_dims=2, split_output=True)
+_JOINED = ContextParallelOutput(gather_dim=1, expected_dims=3)
+
 FAMILIES = (
     Family(
         name="Wan 2.1 and 2.2",
@@ -82,6 +94,12 @@ FAMILIES = (
         text="after",
         patch=("patch_size_t", "patch_size"),
         text_mask="encoder_attention_mask",
+        split={
+            "rope": {0: _POSITIONS_MADE, 1: _POSITIONS_MADE},
+            "transformer_blocks.0": {"hidden_states": _TOKENS},
+            "proj_out": _JOINED,
+        },
+        unsplit={"image_condition_type": "token_replace"},
     ),
     Family(
         name="CogVideoX",
@@ -90,6 +108,11 @@ FAMILIES = (
         text="before",
         patch=("patch_size_t", "patch_size"),
         frames_first=True,
+        split={
+            "": {"image_rotary_emb": [_POSITIONS, _POSITIONS]},
+            "transformer_blocks.0": {"hidden_states": _TOKENS},
+            "proj_out": _JOINED,
+        },
     ),
 )
 

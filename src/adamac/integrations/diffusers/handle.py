@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
@@ -17,7 +18,8 @@ from adamac.integrations.diffusers.families import Family, UnsupportedModelError
 from adamac.integrations.diffusers.hooks import TransformerHook
 from adamac.integrations.diffusers.ledger import Call, Ledger, Report
 from adamac.integrations.diffusers.padding import TextLengths
-from adamac.integrations.diffusers.seam import Site, attach, detach
+from adamac.integrations.diffusers.parallel import Ranks, ranks_of
+from adamac.integrations.diffusers.seam import Attending, release, site_of
 from adamac.ops import dense_attention
 from adamac.ops.cluster_attention import Impl, refused, resolve
 
@@ -99,6 +101,7 @@ class Handle:
         self._held: dict[tuple[Any, ...], int] = {}  # bytes of each plan when it was kept
         self._now = Moment(num_steps=num_steps)
         self._grid: tuple[int, int, int] | None = None
+        self._ranks: Ranks | None = None  # those that the sequence of the call in progress is spread over
         self._text_lengths = TextLengths()
         # Text tokens in front of the padding, and the shape of the mask that says so; None if padding stays.
         self._text: tuple[int, tuple[int, ...]] | None = None
@@ -137,7 +140,7 @@ class Handle:
         """Take everything off again; the pipeline's output is bit-identical to before. May be called twice."""
         for transformer, family in zip(self._transformers, self._families, strict=True):
             for _, module in family.modules(transformer):
-                detach(module)
+                release(module)
             registry = HookRegistry.check_if_exists_or_initialize(transformer)
             registry.remove_hook(_HOOK, recurse=False)
             _forget_children(registry)
@@ -158,12 +161,13 @@ class Handle:
         for transformer, family in parts:  # all are checked before the first is changed
             _check_free(transformer)
             _check_back_end(family, transformer)
+            ranks_of(transformer, family)
         for index, (transformer, family) in enumerate(parts):
             registry = HookRegistry.check_if_exists_or_initialize(transformer)
             hook = TransformerHook(self._announce(index), self._forget_text, self._forget_plans)
             registry.register_hook(hook, _HOOK)
             for layer, (_, module) in enumerate(family.modules(transformer)):
-                attach(module, Site(self._attention, self._bypassed, layer))
+                site_of(module).attending = Attending(self._attention, self._bypassed, layer)
             _forget_children(registry)
 
     def _announce(self, index: int) -> Any:
@@ -177,6 +181,9 @@ class Handle:
                 self._ledger.begin_video()
             self._now = self._clock.tick(branch, timestep)
             self._grid = family.grid(transformer, arguments["hidden_states"])
+            self._ranks = ranks_of(transformer, family)
+            if self._ranks is not None and self._grid is not None:
+                self._ranks.check(math.prod(self._grid))
             mask = None if family.text_mask is None else arguments.get(family.text_mask)
             length = self._text_lengths.of(mask)
             self._text = None if mask is None or length is None else (length, tuple(mask.shape))
@@ -230,6 +237,8 @@ class Handle:
         num_layers = self._num_layers[self._current]
         reason = self.schedule.dense_reason(self._now.step, self._now.num_steps, layer, num_layers)
         batch, heads, _, head_dim = query.shape
+        if self._ranks is not None:  # the ranks have to agree, and one may have fewer heads than another
+            heads = self._ranks.most_heads
         reason = reason or self.schedule.too_small(video_tokens, batch * heads, head_dim, query.device)
         plan = self._plan(layer, layout, query, key) if reason is None else Plan.dense(layout, reason)
         if plan.is_dense:
@@ -274,11 +283,13 @@ class Handle:
     ) -> tuple[Layout | None, str | None]:
         """Find out where video, text and padding are, or why that cannot be told."""
         tokens = query.shape[2]
+        ranks = self._ranks
+        if ranks is not None:  # the module was given a part of the sequence, and here it is whole
+            video_tokens = tokens - text_tokens
+            if query.shape[1] == ranks.heads:
+                return None, "the attention processor does not exchange heads between ranks"
         if tokens != video_tokens + text_tokens or key.shape != query.shape:
-            return (
-                None,
-                "sequence is not video and text of this module (context parallelism or grouped heads?)",
-            )
+            return None, "sequence is not video and text of this module (grouped heads?)"
         valid = None
         if mask is not None:
             if (
@@ -296,7 +307,8 @@ class Handle:
         grid = self._grid
         if grid is not None and grid[0] * grid[1] * grid[2] != video_tokens:
             grid = None  # a model that adds tokens of its own, an image's for instance
-        return Layout(tokens, start, start + video_tokens, valid, grid), None
+        group = None if ranks is None else ranks.group
+        return Layout(tokens, start, start + video_tokens, valid, grid, group), None
 
     def _unsupported(
         self,

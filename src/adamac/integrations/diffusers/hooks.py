@@ -37,8 +37,7 @@ class TransformerHook(ModelHook):
         self, module: torch.nn.Module, *args: Any, **kwargs: Any
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Announce the call with its arguments by name; they pass through."""
-        named = dict(zip(_positional(module), args, strict=False)) if args else {}
-        self._on_call(self._branch(), named | kwargs)
+        self._on_call(self._branch(), arguments_by_name(module, args, kwargs))
         return args, kwargs
 
     def post_forward(self, module: torch.nn.Module, output: Any) -> Any:
@@ -61,7 +60,12 @@ class TransformerHook(ModelHook):
         return UNNAMED
 
 
-def _positional(module: torch.nn.Module) -> list[str]:
-    """Names of what a module's forward takes by position; of its class, since hooks wrap the instance's."""
+def arguments_by_name(
+    module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Name the arguments of a module's forward; of its class, since hooks wrap the instance's."""
+    if not args:
+        return kwargs
     parameters = inspect.signature(type(module).forward).parameters.values()
-    return [each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD][1:]
+    names = [each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD][1:]
+    return dict(zip(names, args, strict=False)) | kwargs

@@ -18,12 +18,16 @@ import functools
 import itertools
 import weakref
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+if TYPE_CHECKING:
+    from adamac.integrations.diffusers.exchange import Exchange
 
 _SDPA = torch.nn.functional.scaled_dot_product_attention
 _HOOK = "adamac"
@@ -34,25 +38,35 @@ _numbers = itertools.count()
 _sites: weakref.WeakValueDictionary[int, Site] = weakref.WeakValueDictionary()
 
 
-class Site:
-    """What one self-attention module needs to know of its handle.
+@dataclass(frozen=True)
+class Attending:
+    """What a handle is to one module whose attention it plans.
 
-    Args:
-        attention: Attends in place of ``scaled_dot_product_attention``, given layer, video tokens, text tokens, query, key,
+    Attributes:
+        attend: Attends in place of ``scaled_dot_product_attention``, given layer, video tokens, text tokens, query, key,
             value, mask and scale.
-        on_bypass: Told the layer and the reason of a call that went past us.
+        bypassed: Told the layer and the reason of a call that went past the seam.
         layer: Index of the module.
     """
 
-    def __init__(
-        self,
-        attention: Callable[[int, int, int, Tensor, Tensor, Tensor, Tensor | None, float | None], Tensor],
-        on_bypass: Callable[[int, str], None],
-        layer: int,
-    ) -> None:
-        self._attention = attention
-        self._on_bypass = on_bypass
-        self._layer = layer
+    attend: Callable[[int, int, int, Tensor, Tensor, Tensor, Tensor | None, float | None], Tensor]
+    bypassed: Callable[[int, str], None]
+    layer: int
+
+
+class Site:
+    """What has a say in the attention of one module, inside the seam.
+
+    Attributes:
+        attending: The handle that plans attention; ``None`` means that it stays dense.
+        exchange: Makes whole sequences of some heads out of a part of the sequence; ``None`` if what arrives is whole, or is
+            made whole by diffusers.
+        number: By which compiled code finds the site.
+    """
+
+    def __init__(self) -> None:
+        self.attending: Attending | None = None
+        self.exchange: Exchange | None = None
         number = next(_numbers)
         _sites[number] = self
         self.number = torch.tensor(number, device="cpu")
@@ -70,35 +84,74 @@ class Site:
         mask: Tensor | None,
         scale: float | None,
     ) -> Tensor:
-        """Attend for this module."""
+        """Attend for this module, given what its rank holds of the sequence."""
         if torch.is_autocast_enabled(query.device.type):  # the call is taken before autocast would see it
             dtype = torch.get_autocast_dtype(query.device.type)
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-        return self._attention(self._layer, video_tokens, text_tokens, query, key, value, mask, scale)
+        if self.exchange is None:
+            return self._attend(video_tokens, text_tokens, query, key, value, mask, scale)
+        heads = query.shape[1]
+        query, key, value = self.exchange.to_heads(query, key, value, text_tokens)
+        whole = query.shape[2] - text_tokens
+        attended = self._attend(whole, text_tokens, query, key, value, mask, scale)
+        return self.exchange.to_tokens(attended, heads, text_tokens)
 
     def bypassed(self, problem: str) -> None:
-        """Take down that this module attended past us."""
-        self._on_bypass(self._layer, problem)
+        """Take down that this module attended past us.
+
+        Raises:
+            RuntimeError: If its sequence is spread over ranks, so that it attended to a part of it.
+        """
+        if self.exchange is not None:
+            raise RuntimeError(f"under context parallelism: {problem}")
+        if self.attending is not None:
+            self.attending.bypassed(self.attending.layer, problem)
+
+    def _attend(
+        self,
+        video_tokens: int,
+        text_tokens: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scale: float | None,
+    ) -> Tensor:
+        handle = self.attending
+        if handle is None:
+            return _SDPA(query, key, value, attn_mask=mask, scale=scale)
+        return handle.attend(handle.layer, video_tokens, text_tokens, query, key, value, mask, scale)
 
 
-def attach(module: torch.nn.Module, site: Site) -> None:
-    """Give a module the seam."""
+def site_of(module: torch.nn.Module) -> Site:
+    """The site of a module, which gets the seam if it has none."""
+    site = vars(module).get("adamac_site")
+    if site is not None:
+        return site
+    site = vars(module)["adamac_site"] = Site()
     if "forward" in vars(module):  # another's hook wraps this module, which a change of class would go under
-        HookRegistry.check_if_exists_or_initialize(module).register_hook(_SiteHook(site), _HOOK)
+        HookRegistry.check_if_exists_or_initialize(module).register_hook(_SiteHook(), _HOOK)
+    else:
+        module.__class__ = _with_seam(type(module))
+    return site
+
+
+def release(module: torch.nn.Module) -> None:
+    """Take the handle off a module, and the seam too if nothing else needs it.
+
+    A hook that was put on since then may still call the seam, and finds no site.
+    """
+    site = vars(module).get("adamac_site")
+    if site is None:
         return
-    vars(module)["adamac_site"] = site
-    module.__class__ = _with_seam(type(module))
-
-
-def detach(module: torch.nn.Module) -> None:
-    """Take the seam off again. A hook that was put on since then may still call it, and finds no site."""
+    site.attending = None
+    if site.exchange is not None:
+        return
+    del vars(module)["adamac_site"]
     registry = getattr(module, "_diffusers_hook", None)
     if registry is not None:
         registry.remove_hook(_HOOK, recurse=False)
-    base = getattr(type(module), "adamac_base", None)
-    if base is not None:
-        module.__class__ = base
-        del vars(module)["adamac_site"]
+    module.__class__ = getattr(type(module), "adamac_base", type(module))
 
 
 @functools.cache
@@ -108,10 +161,7 @@ def _with_seam(base: type[torch.nn.Module]) -> type[torch.nn.Module]:
 
     @functools.wraps(original)
     def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        site = getattr(self, "adamac_site", None)
-        if site is None:
-            return original(self, *args, **kwargs)
-        return _run(site, functools.partial(original, self), args, kwargs)
+        return _run(self, functools.partial(original, self), args, kwargs)
 
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     return type(base.__name__, (base,), names | {"forward": forward, "adamac_base": base})
@@ -120,17 +170,18 @@ def _with_seam(base: type[torch.nn.Module]) -> type[torch.nn.Module]:
 class _SiteHook(ModelHook):
     """The seam as a hook, around the hooks that were there before."""
 
-    def __init__(self, site: Site) -> None:
-        super().__init__()
-        self._site = site
-
     def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Run the module under the mode."""
-        return _run(self._site, self.fn_ref.original_forward, args, kwargs)  # ty: ignore[invalid-argument-type]
+        return _run(module, self.fn_ref.original_forward, args, kwargs)  # ty: ignore[invalid-argument-type]
 
 
-def _run(site: Site, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _run(
+    module: torch.nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     """Run a module's forward with its attention call replaced."""
+    site = getattr(module, "adamac_site", None)
+    if site is None:
+        return forward(*args, **kwargs)
     video = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     text = kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else (args[1:2] or (None,))[0]
     text_tokens = 0 if text is None else text.shape[1]

@@ -1,0 +1,122 @@
+"""From a part of the sequence with all heads to the whole sequence with some heads, and back: DeepSpeed-Ulysses.
+
+Source: DeepSpeed-Ulysses (arXiv 2309.14509). diffusers has it for models whose sequence is all of one kind. HunyuanVideo and
+CogVideoX attend over video and text together, and of these only the video is spread: each rank keeps the whole text, works
+out all of it, and gives away nothing of it but the heads that it attended with. So padded text can be cut off as on one rank,
+the sequence keeps its order, and no length has to divide: ranks take ``ceil`` or ``floor`` of their share of tokens and of
+heads, which all know beforehand and need not tell each other.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+
+def shares(amount: int, ranks: int) -> list[int]:
+    """Cut an amount into a share for each rank, the first ones one larger if it does not divide (as ``tensor_split``)."""
+    each, more = divmod(amount, ranks)
+    return [each + (rank < more) for rank in range(ranks)]
+
+
+class Exchange:
+    """The exchange between the ranks that share the sequences of one transformer.
+
+    Attributes:
+        group: The ranks.
+        text: Where the text stands in the sequence.
+        video_tokens: Video tokens of the call in progress, on all ranks together.
+    """
+
+    def __init__(self, group: ProcessGroup, text: Literal["none", "before", "after"]) -> None:
+        self.group = group
+        self.text = text
+        self.video_tokens = 0
+        self._ranks = dist.get_world_size(group)
+        self._rank = dist.get_rank(group)
+
+    def to_heads(self, query: Tensor, key: Tensor, value: Tensor, text_tokens: int) -> tuple[Tensor, ...]:
+        """Give away tokens of other ranks' heads for the other ranks' tokens of our heads.
+
+        Args:
+            query: ``[batch, heads, tokens, head_dim]``: this rank's video tokens and the whole text.
+            key: Like ``query``.
+            value: Like ``query``.
+            text_tokens: How many of the tokens are text.
+
+        Returns:
+            Query, key and value, ``[batch, our_heads, all_tokens, head_dim]``.
+
+        Raises:
+            ValueError: If the tokens are not the rank's share, or gradients are wanted, which would stop here.
+        """
+        batch, heads, tokens, head_dim = query.shape
+        ours = shares(self.video_tokens, self._ranks)
+        local = ours[self._rank]
+        if tokens != local + text_tokens or key.shape != query.shape:
+            raise ValueError(
+                f"context parallelism: rank {self._rank} has {tokens} tokens of self-attention, expected its {local} of "
+                f"{self.video_tokens} video tokens and {text_tokens} of text; call the transformer, not its blocks"
+            )
+        if torch.is_grad_enabled() and query.requires_grad:
+            raise ValueError(
+                "context parallelism is for inference: gradients would stop between ranks; use torch.no_grad()"
+            )
+        parts = torch.stack([query, key, value])
+        video, text = self._cut(parts, text_tokens)
+        counts = shares(heads, self._ranks)
+        # Tokens first: what arrives from all ranks is then the sequence in its order.
+        sent = torch.cat([part.permute(3, 0, 1, 2, 4).flatten() for part in video.split(counts, dim=2)])
+        width, mine = 3 * batch * head_dim, counts[self._rank]
+        received = self._swap(
+            sent, [local * width * count for count in counts], [count * width * mine for count in ours]
+        )
+        whole = received.view(self.video_tokens, 3, batch, mine, head_dim).permute(1, 2, 3, 0, 4)
+        first = sum(counts[: self._rank])
+        return self._join(whole, text[:, :, first : first + mine]).unbind(0)
+
+    def to_tokens(self, attended: Tensor, heads: int, text_tokens: int) -> Tensor:
+        """Give back what was attended with our heads for our tokens' other heads; the text's from all heads to all ranks.
+
+        Args:
+            attended: ``[batch, our_heads, all_tokens, head_dim]``.
+            heads: Of all ranks together.
+            text_tokens: How many of the tokens are text.
+
+        Returns:
+            ``[batch, heads, tokens, head_dim]``: this rank's video tokens and the whole text.
+        """
+        batch, mine, _, head_dim = attended.shape
+        video, text = self._cut(attended, text_tokens)
+        theirs = shares(self.video_tokens, self._ranks)
+        counts = shares(heads, self._ranks)
+        # Heads first: what arrives from all ranks is then the heads in their order.
+        pieces = [self._join(part, text) for part in video.split(theirs, dim=2)]
+        sent = torch.cat([piece.permute(1, 2, 0, 3).flatten() for piece in pieces])
+        tokens, width = theirs[self._rank] + text_tokens, batch * head_dim
+        received = self._swap(
+            sent,
+            [mine * (count + text_tokens) * width for count in theirs],
+            [count * tokens * width for count in counts],
+        )
+        return received.view(heads, tokens, batch, head_dim).permute(2, 0, 1, 3)
+
+    def _cut(self, sequence: Tensor, text_tokens: int) -> tuple[Tensor, Tensor]:
+        """Video and text of ``[..., tokens, head_dim]``."""
+        tokens = sequence.shape[-2]
+        if self.text == "before":
+            return sequence[..., text_tokens:, :], sequence[..., :text_tokens, :]
+        return sequence[..., : tokens - text_tokens, :], sequence[..., tokens - text_tokens :, :]
+
+    def _join(self, video: Tensor, text: Tensor) -> Tensor:
+        parts = (text, video) if self.text == "before" else (video, text)
+        return torch.cat(parts, dim=-2)
+
+    def _swap(self, sent: Tensor, send: list[int], receive: list[int]) -> Tensor:
+        received = sent.new_empty(sum(receive))
+        dist.all_to_all_single(received, sent, receive, send, group=self.group)
+        return received

@@ -1,0 +1,178 @@
+"""Several GPUs for one video: diffusers' context parallelism, for all families, under sparse attention.
+
+Ulysses gives each rank the whole sequence for some of its heads within attention, so that clustering, selection and attention
+are as on one GPU, and nothing but a few numbers of the first sparse step has to be agreed on (:mod:`adamac.attention.agree`).
+Ring attention gives each rank some of the queries and passes keys on, piece by piece: every rank would select among a piece
+of the keys by itself, which is another selection than the plan's, so it is refused.
+
+For Wan diffusers does all there is to do. For HunyuanVideo and CogVideoX it lacks a way to cut the sequence, and its exchange
+cannot tell text from video: :func:`parallelize` brings both (:mod:`~adamac.integrations.diffusers.exchange`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.models._modeling_parallel import ContextParallelConfig
+from torch.distributed import ProcessGroup
+
+from adamac.integrations.diffusers.exchange import Exchange
+from adamac.integrations.diffusers.families import Family, family_of, transformers_of
+from adamac.integrations.diffusers.hooks import arguments_by_name
+from adamac.integrations.diffusers.seam import site_of
+
+_HOOK = "adamac_parallel"
+
+
+def parallelize(pipe: Any, config: ContextParallelConfig) -> None:
+    """Spread every video of a pipeline over several GPUs, all of which call the pipeline with the same arguments.
+
+    For Wan the same as ``transformer.enable_parallelism(config=config)`` of diffusers. HunyuanVideo and CogVideoX, which
+    diffusers refuses, are given what they lack. It may come before or after :func:`adamac.enable`, and stays when the handle is
+    disabled; without :func:`adamac.enable` attention is dense. Like diffusers' own, it cannot be taken off again.
+
+    Args:
+        pipe: A diffusers pipeline of a supported family, or its transformer.
+        config: With ``ulysses_degree``; with ``ulysses_anything=True`` also for tokens and heads that do not divide among
+            the ranks.
+
+    Raises:
+        UnsupportedModelError: If the model's family is unknown.
+        ValueError: If the config asks for ring attention, there are more ranks than heads, or this variant of the model
+            cannot be cut.
+        RuntimeError: If ``torch.distributed`` has not been initialised, or the transformer is parallel already.
+    """
+    transformers = transformers_of(pipe)
+    families = [family_of(transformer) for transformer in transformers]
+    for transformer, family in zip(
+        transformers, families, strict=True
+    ):  # all are checked before the first is changed
+        _check(transformer, family, config)
+    for transformer, family in zip(transformers, families, strict=True):
+        if not family.split:
+            transformer.enable_parallelism(config=config)
+            continue
+        transformer.enable_parallelism(config=config, cp_plan=family.split)
+        _install_exchange(transformer, family)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks that share the sequences of a transformer.
+
+    Attributes:
+        group: The ranks.
+        number: How many.
+        heads: Heads of a layer, of all ranks together.
+        uneven: Whether tokens and heads need not divide among them.
+    """
+
+    group: ProcessGroup
+    number: int
+    heads: int
+    uneven: bool
+
+    @property
+    def most_heads(self) -> int:
+        """The heads of the rank that has most."""
+        return -(-self.heads // self.number)
+
+    def check(self, video_tokens: int) -> None:
+        """Refuse what diffusers would cut wrongly, or only refuse with an assertion.
+
+        Raises:
+            ValueError: Saying what does not divide, and what to do.
+        """
+        for amount, what in ((video_tokens, "video tokens"), (self.heads, "heads")):
+            if amount % self.number and not self.uneven:
+                raise ValueError(
+                    f"context parallelism: {amount} {what} do not divide among {self.number} ranks; use "
+                    f"ContextParallelConfig(ulysses_degree={self.number}, ulysses_anything=True)"
+                )
+
+
+def ranks_of(transformer: Any, family: Family) -> Ranks | None:
+    """Find out which ranks share a transformer's sequences, if any.
+
+    Raises:
+        ValueError: If they do it in a way in which attention cannot be planned.
+    """
+    parallel = getattr(transformer, "_parallel_config", None)
+    config = getattr(parallel, "context_parallel_config", None)
+    if config is None:
+        return None
+    _check_ulysses(config)
+    if family.split and not _has_exchange(transformer):
+        raise ValueError(
+            f"context parallelism of {family.name} was not set up by adamac, and diffusers' own would attend to wrong "
+            "tokens; use adamac.integrations.diffusers.parallelize(pipe, config) in place of enable_parallelism"
+        )
+    group = config._ulysses_mesh.get_group()
+    uneven = getattr(config, "ulysses_anything", False)
+    return Ranks(group, dist.get_world_size(group), transformer.config.num_attention_heads, uneven)
+
+
+def _check(transformer: Any, family: Family, config: ContextParallelConfig) -> None:
+    _check_ulysses(config)
+    heads = transformer.config.num_attention_heads
+    if heads < config.ulysses_degree:
+        raise ValueError(
+            f"context parallelism: {config.ulysses_degree} ranks are more than the {heads} heads"
+        )
+    for entry, value in family.unsplit.items():
+        if getattr(transformer.config, entry, None) == value:
+            raise ValueError(
+                f"context parallelism: a {family.name} of {entry} {value!r} reads positions in the sequence and cannot be cut"
+            )
+
+
+def _check_ulysses(config: ContextParallelConfig) -> None:
+    if config.ring_degree > 1:
+        raise ValueError(
+            f"context parallelism by ring attention (ring_degree={config.ring_degree}) shows each rank a part of the keys "
+            "at a time, among which no plan can be made; use ulysses_degree"
+        )
+
+
+def _has_exchange(transformer: torch.nn.Module) -> bool:
+    return HookRegistry.check_if_exists_or_initialize(transformer).get_hook(_HOOK) is not None
+
+
+def _install_exchange(transformer: Any, family: Family) -> None:
+    config = transformer._parallel_config.context_parallel_config
+    exchange = Exchange(config._ulysses_mesh.get_group(), family.text)
+    registry = HookRegistry.check_if_exists_or_initialize(transformer)
+    registry.register_hook(_Lengths(exchange, family), _HOOK)
+    for _, module in family.modules(transformer):
+        site_of(module).exchange = exchange
+    # The exchange is ours, and the sequence of a text refiner is whole: diffusers has nothing to exchange.
+    processors: Any = [getattr(module, "processor", None) for module in transformer.modules()]
+    for processor in processors:
+        if hasattr(processor, "_parallel_config"):
+            processor._parallel_config = None
+
+
+class _Lengths(ModelHook):
+    """Tells the exchange how many video tokens all ranks have together, which a rank's part of them does not say."""
+
+    def __init__(self, exchange: Exchange, family: Family) -> None:
+        super().__init__()
+        self._exchange = exchange
+        self._family = family
+
+    def pre_forward(
+        self, module: torch.nn.Module, *args: Any, **kwargs: Any
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Read the size of the latents; the arguments pass through."""
+        latents = arguments_by_name(module, args, kwargs)["hidden_states"]
+        tokens = math.prod(self._family.grid(module, latents) or (0,))
+        ranks = ranks_of(module, self._family)
+        assert ranks is not None
+        ranks.check(tokens)
+        self._exchange.video_tokens = tokens
+        return args, kwargs
