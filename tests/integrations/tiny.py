@@ -40,7 +40,7 @@ def wan_transformer(seed: int = 0, **changes: Any) -> WanTransformer3DModel:
     return WanTransformer3DModel(**(settings | changes)).eval()
 
 
-def wan_pipe(two: bool = False, scheduler: Any = None) -> WanPipeline:
+def wan_pipe(two: bool = False, scheduler: Any = None, **changes: Any) -> WanPipeline:
     flow = dict(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
     return quiet(
         WanPipeline(
@@ -48,8 +48,8 @@ def wan_pipe(two: bool = False, scheduler: Any = None) -> WanPipeline:
             text_encoder=None,
             vae=None,
             scheduler=scheduler or UniPCMultistepScheduler(**flow),
-            transformer=wan_transformer(),
-            transformer_2=wan_transformer(seed=1) if two else None,
+            transformer=wan_transformer(**changes),
+            transformer_2=wan_transformer(seed=1, **changes) if two else None,
             boundary_ratio=0.5 if two else None,
         )
     )
@@ -74,9 +74,9 @@ def run_wan(
     return pipe(**(settings | more)).frames
 
 
-def hunyuan_pipe() -> HunyuanVideoPipeline:
+def hunyuan_pipe(**changes: Any) -> HunyuanVideoPipeline:
     torch.manual_seed(0)
-    transformer = HunyuanVideoTransformer3DModel(
+    settings: dict[str, Any] = dict(
         in_channels=4,
         out_channels=4,
         num_attention_heads=2,
@@ -89,7 +89,8 @@ def hunyuan_pipe() -> HunyuanVideoPipeline:
         text_embed_dim=16,
         pooled_projection_dim=8,
         rope_axes_dim=(4, 6, 6),
-    ).eval()
+    )
+    transformer = HunyuanVideoTransformer3DModel(**(settings | changes)).eval()
     return quiet(
         HunyuanVideoPipeline(
             text_encoder=None,
@@ -123,9 +124,9 @@ def run_hunyuan(pipe: HunyuanVideoPipeline, *, seed: int = 0, steps: int = 4, **
     return pipe(**(settings | more)).frames
 
 
-def cogvideox_pipe() -> CogVideoXPipeline:
+def cogvideox_pipe(**changes: Any) -> CogVideoXPipeline:
     torch.manual_seed(0)
-    transformer = CogVideoXTransformer3DModel(
+    settings: dict[str, Any] = dict(
         num_attention_heads=2,
         attention_head_dim=16,
         in_channels=4,
@@ -139,7 +140,8 @@ def cogvideox_pipe() -> CogVideoXPipeline:
         patch_size=2,
         temporal_compression_ratio=4,
         max_text_seq_length=7,
-    ).eval()
+    )
+    transformer = CogVideoXTransformer3DModel(**(settings | changes)).eval()
     return quiet(
         CogVideoXPipeline(
             tokenizer=None,

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.nn.functional import pad
 
 
 def shares(amount: int, ranks: int) -> list[int]:
@@ -104,6 +105,23 @@ class Exchange:
             [count * tokens * width for count in counts],
         )
         return received.view(heads, tokens, batch, head_dim).permute(2, 0, 1, 3)
+
+    def join(self, tokens: Tensor) -> Tensor:
+        """Give every rank all tokens.
+
+        Args:
+            tokens: ``[batch, tokens, channels]``: this rank's video tokens.
+
+        Returns:
+            ``[batch, all_tokens, channels]``.
+        """
+        counts = shares(self.video_tokens, self._ranks)
+        # Parts of one length, because not every back end gathers others.
+        part = pad(tokens.transpose(0, 1), (0, 0, 0, 0, 0, counts[0] - counts[self._rank])).contiguous()
+        parts = [torch.empty_like(part) for _ in counts]
+        dist.all_gather(parts, part, group=self.group)
+        joined = [each[:count] for each, count in zip(parts, counts, strict=True)]
+        return torch.cat(joined).transpose(0, 1)
 
     def _cut(self, sequence: Tensor, text_tokens: int) -> tuple[Tensor, Tensor]:
         """Video and text of ``[..., tokens, head_dim]``."""

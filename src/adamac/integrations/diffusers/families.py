@@ -34,8 +34,8 @@ class Family:
         text_mask: Name of the transformer's argument ``[batch, text_tokens]`` that says which text tokens are no
             padding; ``None`` if text is never masked in self-attention. Its padding stands at the end of the sequence,
             and the model discards what attention gives for it.
-        split: How context parallelism cuts the video tokens of its sequences, in diffusers' terms; empty where diffusers
-            has that itself. Text is not cut.
+        split: How context parallelism cuts and joins the video tokens of its sequences, in diffusers' terms; empty where
+            diffusers knows. Text is not cut.
         unsplit: Entries of the configuration, with the value at which the model reads positions within the sequence, so
             that it cannot be cut.
     """

@@ -123,9 +123,18 @@ class Handle:
     ) -> None:
         self.disable()
 
-    def report(self) -> Report:
-        """Say what happened since the handle was made or cleared. Waits for the device."""
-        return self._ledger.report()
+    def report(self, *, all_ranks: bool = False) -> Report:
+        """Say what happened since the handle was made or cleared. Waits for the device.
+
+        Args:
+            all_ranks: Under context parallelism, also ask how long the other ranks took: all of them have to make this call.
+        """
+        report = self._ledger.report()
+        spread = self._ranks
+        if spread is None:
+            return report
+        seconds = spread.gather(sum(report.seconds.values())) if all_ranks else ()
+        return replace(report, ranks=spread.number, rank_seconds=seconds)
 
     def clear(self) -> None:
         """Forget what was counted so far; plans of a video in progress stay."""

@@ -56,6 +56,8 @@ class Report:
         density_by_layer_head: ``[layer][head]`` over the sparse calls; ``None`` for a layer that had none.
         seconds: Time by stage: ``plan`` (clustering and selection), ``attend`` (carrying plans out), ``dense``.
         state_bytes: Bytes that plans kept between steps held at most.
+        ranks: Over how many ranks the sequences were spread; counts, densities and bytes are those of this rank's heads.
+        rank_seconds: Time of all stages on each rank; empty if the ranks were not asked.
     """
 
     calls: int
@@ -69,6 +71,14 @@ class Report:
     density_by_layer_head: list[list[float] | None]
     seconds: dict[str, float]
     state_bytes: int
+    ranks: int = 1
+    rank_seconds: tuple[float, ...] = ()
+
+    @property
+    def imbalance(self) -> float | None:
+        """Time of the slowest rank over the mean of all ranks; ``None`` if the ranks were not asked."""
+        total = sum(self.rank_seconds)
+        return max(self.rank_seconds) * len(self.rank_seconds) / total if total else None
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-ready values."""
@@ -85,6 +95,9 @@ class Report:
             lines += [f"  {kind} calls by {name}: {count}" for name, count in sorted(impl.items())]
         lines += [f"  seconds in {stage}: {seconds:.2f}" for stage, seconds in self.seconds.items()]
         lines.append(f"  state kept between steps: {self.state_bytes / 2**20:.1f} MiB")
+        if self.ranks > 1:
+            balance = "" if self.imbalance is None else f"; slowest rank over mean: {self.imbalance:.3f}"
+            lines.append(f"  sequences spread over {self.ranks} ranks{balance}")
         return "\n".join(lines)
 
 

@@ -5,14 +5,16 @@ are as on one GPU, and nothing but a few numbers of the first sparse step has to
 Ring attention gives each rank some of the queries and passes keys on, piece by piece: every rank would select among a piece
 of the keys by itself, which is another selection than the plan's, so it is refused.
 
-For Wan diffusers does all there is to do. For HunyuanVideo and CogVideoX it lacks a way to cut the sequence, and its exchange
-cannot tell text from video: :func:`parallelize` brings both (:mod:`~adamac.integrations.diffusers.exchange`).
+For Wan diffusers does all there is to do. For HunyuanVideo and CogVideoX it does not know where to cut the sequence, and its
+exchange cannot tell text from video. :func:`parallelize` brings both, for all families, and lets lengths be as they are: Wan too
+gains by it where tokens or heads do not divide, because diffusers then asks all ranks for their lengths in every layer, and
+waits.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,14 +34,13 @@ _HOOK = "adamac_parallel"
 def parallelize(pipe: Any, config: ContextParallelConfig) -> None:
     """Spread every video of a pipeline over several GPUs, all of which call the pipeline with the same arguments.
 
-    For Wan the same as ``transformer.enable_parallelism(config=config)`` of diffusers. HunyuanVideo and CogVideoX, which
-    diffusers refuses, are given what they lack. It may come before or after :func:`adamac.enable`, and stays when the handle is
+    In place of diffusers' ``transformer.enable_parallelism(config=config)``, which does for Wan alone, where tokens and heads
+    divide among the ranks; here they need not. It may come before or after :func:`adamac.enable`, and stays when the handle is
     disabled; without :func:`adamac.enable` attention is dense. Like diffusers' own, it cannot be taken off again.
 
     Args:
         pipe: A diffusers pipeline of a supported family, or its transformer.
-        config: With ``ulysses_degree``; with ``ulysses_anything=True`` also for tokens and heads that do not divide among
-            the ranks.
+        config: With ``ulysses_degree``.
 
     Raises:
         UnsupportedModelError: If the model's family is unknown.
@@ -47,18 +48,18 @@ def parallelize(pipe: Any, config: ContextParallelConfig) -> None:
             cannot be cut.
         RuntimeError: If ``torch.distributed`` has not been initialised, or the transformer is parallel already.
     """
-    transformers = transformers_of(pipe)
+    transformers: list[Any] = [*transformers_of(pipe)]
     families = [family_of(transformer) for transformer in transformers]
     for transformer, family in zip(
         transformers, families, strict=True
     ):  # all are checked before the first is changed
         _check(transformer, family, config)
     for transformer, family in zip(transformers, families, strict=True):
-        if not family.split:
-            transformer.enable_parallelism(config=config)
-            continue
-        transformer.enable_parallelism(config=config, cp_plan=family.split)
-        _install_exchange(transformer, family)
+        plan = family.split or transformer._cp_plan
+        inputs = {name: parts for name, parts in plan.items() if isinstance(parts, dict)}
+        # diffusers cuts as asked, into unequal parts if need be.
+        transformer.enable_parallelism(config=replace(config, ulysses_anything=True), cp_plan=inputs)
+        _install_exchange(transformer, family, [name for name in plan if name not in inputs])
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,12 @@ class Ranks:
     def most_heads(self) -> int:
         """The heads of the rank that has most."""
         return -(-self.heads // self.number)
+
+    def gather(self, number: float) -> tuple[float, ...]:
+        """Give every rank the numbers of all; all have to call it."""
+        numbers = [0.0] * self.number
+        dist.all_gather_object(numbers, number, group=self.group)
+        return tuple(numbers)
 
     def check(self, video_tokens: int) -> None:
         """Refuse what diffusers would cut wrongly, or only refuse with an assertion.
@@ -107,7 +114,7 @@ def ranks_of(transformer: Any, family: Family) -> Ranks | None:
     if config is None:
         return None
     _check_ulysses(config)
-    if family.split and not _has_exchange(transformer):
+    if family.text != "none" and not _has_exchange(transformer):
         raise ValueError(
             f"context parallelism of {family.name} was not set up by adamac, and diffusers' own would attend to wrong "
             "tokens; use adamac.integrations.diffusers.parallelize(pipe, config) in place of enable_parallelism"
@@ -120,7 +127,7 @@ def ranks_of(transformer: Any, family: Family) -> Ranks | None:
 def _check(transformer: Any, family: Family, config: ContextParallelConfig) -> None:
     _check_ulysses(config)
     heads = transformer.config.num_attention_heads
-    if heads < config.ulysses_degree:
+    if heads < (config.ulysses_degree or 1):
         raise ValueError(
             f"context parallelism: {config.ulysses_degree} ranks are more than the {heads} heads"
         )
@@ -132,7 +139,7 @@ def _check(transformer: Any, family: Family, config: ContextParallelConfig) -> N
 
 
 def _check_ulysses(config: ContextParallelConfig) -> None:
-    if config.ring_degree > 1:
+    if (config.ring_degree or 1) > 1:
         raise ValueError(
             f"context parallelism by ring attention (ring_degree={config.ring_degree}) shows each rank a part of the keys "
             "at a time, among which no plan can be made; use ulysses_degree"
@@ -143,13 +150,16 @@ def _has_exchange(transformer: torch.nn.Module) -> bool:
     return HookRegistry.check_if_exists_or_initialize(transformer).get_hook(_HOOK) is not None
 
 
-def _install_exchange(transformer: Any, family: Family) -> None:
+def _install_exchange(transformer: Any, family: Family, ends: list[str]) -> None:
     config = transformer._parallel_config.context_parallel_config
     exchange = Exchange(config._ulysses_mesh.get_group(), family.text)
     registry = HookRegistry.check_if_exists_or_initialize(transformer)
     registry.register_hook(_Lengths(exchange, family), _HOOK)
     for _, module in family.modules(transformer):
         site_of(module).exchange = exchange
+    for name in ends:
+        registry = HookRegistry.check_if_exists_or_initialize(transformer.get_submodule(name))
+        registry.register_hook(_Join(exchange), _HOOK)
     # The exchange is ours, and the sequence of a text refiner is whole: diffusers has nothing to exchange.
     processors: Any = [getattr(module, "processor", None) for module in transformer.modules()]
     for processor in processors:
@@ -170,9 +180,17 @@ class _Lengths(ModelHook):
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Read the size of the latents; the arguments pass through."""
         latents = arguments_by_name(module, args, kwargs)["hidden_states"]
-        tokens = math.prod(self._family.grid(module, latents) or (0,))
-        ranks = ranks_of(module, self._family)
-        assert ranks is not None
-        ranks.check(tokens)
-        self._exchange.video_tokens = tokens
+        self._exchange.video_tokens = math.prod(self._family.grid(module, latents) or (0,))
         return args, kwargs
+
+
+class _Join(ModelHook):
+    """Makes the whole sequence of every rank's part of it."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        super().__init__()
+        self._exchange = exchange
+
+    def post_forward(self, module: torch.nn.Module, output: Any) -> Any:
+        """Join ``[batch, tokens, channels]``."""
+        return self._exchange.join(output)
