@@ -17,6 +17,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+import diffusers
 import torch
 import torch.distributed as dist
 from diffusers.hooks import HookRegistry, ModelHook
@@ -24,7 +25,12 @@ from diffusers.models._modeling_parallel import ContextParallelConfig
 from torch.distributed import ProcessGroup
 
 from adamac.integrations.diffusers.exchange import Exchange
-from adamac.integrations.diffusers.families import Family, family_of, transformers_of
+from adamac.integrations.diffusers.families import (
+    Family,
+    UnsupportedModelError,
+    family_of,
+    transformers_of,
+)
 from adamac.integrations.diffusers.hooks import arguments_by_name
 from adamac.integrations.diffusers.seam import site_of
 
@@ -43,7 +49,7 @@ def parallelize(pipe: Any, config: ContextParallelConfig) -> None:
         config: With ``ulysses_degree``.
 
     Raises:
-        UnsupportedModelError: If the model's family is unknown.
+        UnsupportedModelError: If the model's family is unknown or the installed diffusers is too old.
         ValueError: If the config asks for ring attention, there are more ranks than heads, or this variant of the model
             cannot be cut.
         RuntimeError: If ``torch.distributed`` has not been initialised, or the transformer is parallel already.
@@ -99,7 +105,8 @@ class Ranks:
             if amount % self.number and not self.uneven:
                 raise ValueError(
                     f"context parallelism: {amount} {what} do not divide among {self.number} ranks; use "
-                    f"ContextParallelConfig(ulysses_degree={self.number}, ulysses_anything=True)"
+                    "adamac.integrations.diffusers.parallelize(pipe, config) in place of enable_parallelism, or "
+                    "ulysses_anything=True"
                 )
 
 
@@ -125,6 +132,10 @@ def ranks_of(transformer: Any, family: Family) -> Ranks | None:
 
 
 def _check(transformer: Any, family: Family, config: ContextParallelConfig) -> None:
+    if not hasattr(ContextParallelConfig, "ulysses_anything"):
+        raise UnsupportedModelError(
+            f"diffusers {diffusers.__version__} is too old to cut sequences into unequal parts; update it to 0.38 or newer"
+        )
     _check_ulysses(config)
     heads = transformer.config.num_attention_heads
     if heads < (config.ulysses_degree or 1):
