@@ -58,6 +58,8 @@ def files(folder) -> dict[str, bytes]:
         (["bakeoff", "--prompts", "prompts.txt", "--out", "empty.txt/run"], "cannot be written"),
         (["bakeoff", "--prompts", "prompts.txt", "--out", "full"], "not empty"),
         (["bakeoff", "--prompts", "prompts.txt", "--keep", "1.5"], "keep"),
+        (["bakeoff", "--prompts", "prompts.txt", "--dense-first", "1.5"], "Schedule.first must be"),
+        (["bakeoff", "--prompts", "prompts.txt", "--min-tokens", "-1"], "min_tokens must be 0 or more"),
         (["bakeoff", "--prompts", "prompts.txt", "--keep", "0"], "keep"),
         (["bakeoff", "--prompts", "prompts.txt", "--keep", "nan"], "keep"),
         (["bakeoff", "--prompts", "prompts.txt", "--steps", "0"], "steps must be at least 1"),

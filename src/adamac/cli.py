@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -20,6 +20,9 @@ import adamac
 from adamac.bakeoff.errors import BadInput
 from adamac.cli_advise import Advise, advise
 from adamac.cli_moe import Moe, moe
+
+if TYPE_CHECKING:
+    from adamac.attention import Schedule
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,9 @@ class Bakeoff:
         fps: Frames a second of the video files.
         seeds: Every prompt is made once for each seed.
         keep: Share of the video tokens that every sparse arm reads, over 0 up to 1, in place of its own budget.
+        dense_first: Dense steps at the start of every sparse arm: a number of them, or a share with a point (0.1).
+        dense_last: Dense steps at the end, likewise.
+        dense_layers: Layers that stay dense, by index; negative ones count from the end.
         min_tokens: Videos of fewer tokens stay dense in every arm; 0 for none. If not given, those too small for sparse
             attention to pay on this device, as it was measured: the embedded model's on a GPU, for instance.
         device: "auto", "cpu", "cuda" or "cuda:1".
@@ -62,6 +68,9 @@ class Bakeoff:
     fps: int | None = None
     seeds: tuple[int, ...] = (0,)
     keep: float | None = None
+    dense_first: int | float = 0.1
+    dense_last: int | float = 0
+    dense_layers: tuple[int, ...] = ()
     min_tokens: int | None = None
     device: str = "auto"
     dtype: str = "auto"
@@ -161,7 +170,7 @@ def bakeoff(options: Bakeoff, console: Console) -> int:
         guidance=options.guidance,
         fps=options.fps,
         keep=options.keep,
-        min_tokens=options.min_tokens,
+        schedule=_schedule(options),
         device=_device(options.device),
         dtype=options.dtype,
     )
@@ -175,6 +184,15 @@ def bakeoff(options: Bakeoff, console: Console) -> int:
         return 130
     _draw(directory, console)
     return 0 if all(row.ok for row in rows) else 1
+
+
+def _schedule(options: Bakeoff) -> Schedule:
+    from adamac.attention import Schedule
+
+    try:
+        return Schedule(options.dense_first, options.dense_last, options.dense_layers, options.min_tokens)
+    except ValueError as error:
+        raise BadInput(str(error)) from None
 
 
 def report(options: Report, console: Console) -> int:

@@ -155,6 +155,36 @@ def test_a_directory_with_a_run_is_refused_without_resume(play, directory, progr
     assert directory.rows.read_bytes() == before
 
 
+def test_a_run_in_progress_keeps_a_second_one_out(play, directory, progress):
+    config = config_of("a ball")
+
+    class Second(type(progress)):
+        """Starts the same run again as soon as the first video of the first one is done."""
+
+        def finished(self, row):
+            with pytest.raises(BadInput, match="another run is writing"):
+                run_bakeoff(config, directory, progress, resume=True)
+
+    rows = run_bakeoff(config, directory, Second())
+    assert [row.key for row in rows] == [row.key for row in read_rows(directory.rows)]
+    assert len(rows) == 2
+
+
+def test_videos_made_by_another_run_since_this_one_looked_are_not_overwritten(play, directory, progress):
+    config = config_of("a ball")
+
+    class Late(type(progress)):
+        """Lets another run finish everything while this one is still loading its model."""
+
+        def works_on(self, what):
+            if what == "loading the model":
+                run_bakeoff(config, directory, progress)
+
+    with pytest.raises(BadInput, match="meanwhile"):
+        run_bakeoff(config, directory, Late())
+    assert len(read_rows(directory.rows)) == 2
+
+
 def test_another_run_is_refused_and_what_differs_is_named(play, directory, progress):
     run_bakeoff(config_of("a ball"), directory, progress)
     with pytest.raises(BadInput, match="steps: None there, 3 here"):

@@ -39,6 +39,8 @@ class Schedule:
                     f"Schedule.{name} must be a number of steps (int, 0 or more) or a share of them (float, 0 to 1), "
                     f"got {amount!r}"
                 )
+        if self.min_tokens is not None and self.min_tokens < 0:
+            raise ValueError(f"Schedule.min_tokens must be 0 or more, got {self.min_tokens}")
 
     def dense_reason(self, step: int, num_steps: int | None, layer: int, num_layers: int) -> str | None:
         """Say why a call stays dense, or ``None`` if it may be sparse.

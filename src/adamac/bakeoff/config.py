@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 import tempfile
-from dataclasses import asdict, dataclass
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from filelock import FileLock, Timeout
+
+from adamac.attention import Schedule
 from adamac.bakeoff.errors import BadInput
 from adamac.bakeoff.prompts import Prompt
 
@@ -15,7 +20,7 @@ REFERENCE = "dense"
 """The arm that every other is compared with: the pipeline as it is."""
 
 # The window of SSIM needs 11 pixels, and no video model makes sides below 16.
-_LEAST = {"steps": 1, "height": 16, "width": 16, "frames": 1, "fps": 1, "min_tokens": 0}
+_LEAST = {"steps": 1, "height": 16, "width": 16, "frames": 1, "fps": 1}
 
 
 class Case(NamedTuple):
@@ -41,7 +46,7 @@ class Config:
         guidance: Scale of classifier-free guidance.
         fps: Frames a second of the video files.
         keep: Share of video tokens that every sparse arm reads, in place of its own budget.
-        min_tokens: Videos of fewer tokens stay dense; ``None`` for where sparse attention was measured to pay.
+        schedule: Which steps and layers stay dense in every sparse arm.
         device: Torch's name of a device.
         dtype: ``"auto"`` (float32 on a CPU, bfloat16 elsewhere) or torch's name of one.
     """
@@ -57,7 +62,7 @@ class Config:
     guidance: float | None = None
     fps: int | None = None
     keep: float | None = None
-    min_tokens: int | None = None
+    schedule: Schedule = field(default_factory=Schedule)
     device: str = "cpu"
     dtype: str = "auto"
 
@@ -76,8 +81,8 @@ class Config:
         return [Case(prompt, seed) for seed in self.seeds for prompt in self.prompts]
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
-        return json.loads(json.dumps(asdict(self)))
+        """As JSON has it, without the schedule, which runs name apart."""
+        return json.loads(json.dumps({k: v for k, v in asdict(self).items() if k != "schedule"}))
 
 
 @dataclass(frozen=True)
@@ -152,16 +157,24 @@ class RunDirectory:
                 f"out: {self.path} holds this run already; go on with --resume or choose another directory"
             )
 
-    def create(self) -> None:
-        """Make the directory.
+    @contextmanager
+    def held(self) -> Generator[None]:
+        """Make the directory and keep every other run out of it for a while.
 
         Raises:
-            BadInput: If it cannot be made.
+            BadInput: If it cannot be made, or another run is writing into it.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise BadInput(f"out: {self.path} cannot be made ({error.strerror})") from None
+        try:
+            with FileLock(self.path / ".lock", blocking=False):
+                yield
+        except Timeout:
+            raise BadInput(
+                f"out: another run is writing into {self.path}; wait for it or choose another directory"
+            ) from None
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> str:

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from adamac.attention import Dense, Schedule
+from adamac.attention import Dense
 from adamac.bakeoff.arms import Arm, choose_arms, noise_floor_arm
 from adamac.bakeoff.config import REFERENCE, Case, Config, RunDirectory
 from adamac.bakeoff.errors import BadInput
@@ -51,12 +51,12 @@ class Progress(Protocol):
         """One video is done."""
 
 
-def identity(config: Config, arms: tuple[Arm, ...], schedule: Schedule) -> dict[str, Any]:
+def identity(config: Config, arms: tuple[Arm, ...]) -> dict[str, Any]:
     """What makes a run this run: rows may only be added to a run whose identity is the same."""
     return {
         "config": config.to_dict(),
         "methods": {arm.name: repr(arm.method) for arm in arms if arm.method is not None},
-        "schedule": repr(schedule),
+        "schedule": repr(config.schedule),
     }
 
 
@@ -75,13 +75,14 @@ def run_bakeoff(
         BadInput: If something asked for cannot be done; nothing has been written then.
     """
     arms = choose_arms(config.arms, config.keep)
-    schedule = Schedule(min_tokens=config.min_tokens)
-    who = identity(config, arms, schedule)
+    who = identity(config, arms)
     directory.check(who, resume)
-    bakeoff = _BakeOff(config, arms, schedule, directory, progress)
+    bakeoff = _BakeOff(config, arms, directory, progress)
     if bakeoff.missing or directory.frames.exists():
-        bakeoff.prepare(who)
-        bakeoff.make_all()
+        about = bakeoff.prepare()
+        with directory.held():
+            bakeoff.open_rows(who | about)
+            bakeoff.make_all()
     return bakeoff.rows
 
 
@@ -92,12 +93,10 @@ class _BakeOff:
         self,
         config: Config,
         arms: tuple[Arm, ...],
-        schedule: Schedule,
         directory: RunDirectory,
         progress: Progress,
     ) -> None:
         self.config = config
-        self.schedule = schedule
         self.directory = directory
         self.progress = progress
         self.plan = _order(config.cases(), arms, noise_floor_arm(config.device))
@@ -107,8 +106,11 @@ class _BakeOff:
             (arm.name, case) for case, arms in self.plan for arm in arms if _key(arm, case) not in done
         }
 
-    def prepare(self, who: dict[str, Any]) -> None:
-        """Load the model and run every arm briefly; the directory is touched only when that went well."""
+    def prepare(self) -> dict[str, Any]:
+        """Load the model, run every arm briefly, and return what is to be written about the run.
+
+        The directory is touched only when that went well.
+        """
         self.progress.begins(sum(len(arms) for _, arms in self.plan), len(self.rows))
         self.progress.works_on("loading the model")
         self.pipe = load_pipeline(self.config.model, self.config.device, self.config.dtype)
@@ -116,26 +118,35 @@ class _BakeOff:
         self.fps = frames_per_second(self.config)
         self.machine = machine_stamp(self.config.device)
         waiting = {name for name, _ in self.missing}
-        resumed = self.directory.run.exists()
         if any(not arm.is_dense for arm in self._all_arms()):
             self._check_supported()
         # The noise floor's time plays no part: its arm, often the slowest, is not warmed up.
         asked = waiting & set(self.config.arms)
         first_calls = {arm.name: self._warm_up(arm) for arm in self._all_arms() if arm.name in asked}
         self.cold = {name for name in waiting if not first_calls.get(name)}
-        share = None if resumed else self._dense_attention_share()
-        self.directory.create()
-        if resumed:
-            write_rows(self.directory.rows, self.rows)  # without a line that a kill tore
-            return
-        about = {
+        share = None if self.directory.run.exists() else self._dense_attention_share()
+        return {
             "machine": self.machine,
             "started": _now(),
             "notes": {arm.name: arm.note for arm in self._all_arms()},
             "first_calls": first_calls,
             "dense_attention_share": share,
         }
-        write_json(self.directory.run, who | about)
+
+    def open_rows(self, about: dict[str, Any]) -> None:
+        """Begin the files of a run, or those of one that goes on.
+
+        Raises:
+            BadInput: If another run has finished videos here since this one looked.
+        """
+        if [row.key for row in read_rows(self.directory.rows)] != [row.key for row in self.rows]:
+            raise BadInput(
+                f"out: another run has written into {self.directory.path} meanwhile; go on with --resume"
+            )
+        if self.directory.run.exists():
+            write_rows(self.directory.rows, self.rows)  # without a line that a kill tore
+        else:
+            write_json(self.directory.run, about)
 
     def make_all(self) -> None:
         """Make what is missing, and judge each case when it is complete."""
@@ -164,7 +175,7 @@ class _BakeOff:
         case = self.plan[0][0]
         short = self.arguments | {"num_inference_steps": _WARM_UP_STEPS}
         try:
-            video = generate(self.pipe, arm, self.schedule, case, short)
+            video = generate(self.pipe, arm, self.config.schedule, case, short)
         except (TypeError, ValueError) as error:
             if arm.name == REFERENCE:
                 raise BadInput(f"the model refuses these settings ({one_line(error)})") from None
@@ -185,7 +196,7 @@ class _BakeOff:
         short = self.arguments | {"num_inference_steps": _WARM_UP_STEPS}
         self.progress.works_on("timing dense attention")
         try:
-            video = generate(self.pipe, timed, self.schedule, self.plan[0][0], short)
+            video = generate(self.pipe, timed, self.config.schedule, self.plan[0][0], short)
         except Exception:  # a figure the less; the arms' own rows say what is wrong
             return None
         assert video.attention is not None
@@ -204,7 +215,9 @@ class _BakeOff:
         )
         self.cold.discard(arm.name)
         try:
-            video = generate(self.pipe, arm, self.schedule, case, self.arguments, self.progress.step_done)
+            video = generate(
+                self.pipe, arm, self.config.schedule, case, self.arguments, self.progress.step_done
+            )
             self._keep(row, case, video)
         except Exception as error:  # whatever an arm does, the others go on
             row.status, row.reason = "error", one_line(error)

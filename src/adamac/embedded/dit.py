@@ -18,10 +18,10 @@ import copy
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 
 import torch
-from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed, WanTransformer3DModel
 from transformers import UMT5Config, UMT5EncoderModel
 
 from adamac.embedded.muon import Muon
@@ -55,20 +55,21 @@ class Batch:
 
 
 @contextlib.contextmanager
-def standing_at(rope: torch.nn.Module, places: torch.Tensor) -> Iterator[None]:
+def standing_at(rope: WanRotaryPosEmbed, places: torch.Tensor) -> Generator[None]:
     """Give a transformer's frames these places in time, ``(frames,)``, instead of 0, 1, 2, ...
 
     The stock embedding reads the first rows of two tables; here these rows are exchanged for a while.
     """
-    tables = rope.freqs_cos, rope.freqs_sin
-    moved = [table.clone() for table in tables]
-    for table, stock in zip(moved, tables, strict=True):
-        table[: len(places), : rope.t_dim] = stock[places, : rope.t_dim]
-    rope.freqs_cos, rope.freqs_sin = moved
+    stock = dict(rope.named_buffers())
+    for name, table in stock.items():
+        moved = table.clone()
+        moved[: len(places), : rope.t_dim] = table[places, : rope.t_dim]
+        setattr(rope, name, moved)
     try:
         yield
     finally:
-        rope.freqs_cos, rope.freqs_sin = tables
+        for name, table in stock.items():
+            setattr(rope, name, table)
 
 
 class Denoiser(torch.nn.Module):

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 
 import torch
 
-import adamac
+from adamac._version import __version__
 from adamac.moe.checkpoint import force
 from adamac.moe.lm import checkpoint
 from adamac.moe.lm.corpus import Corpus, Order, is_corpus, prepare, unigram_bits_per_byte
@@ -301,7 +301,7 @@ def _is_begun(directory: Path, recipe: Recipe, resume: bool) -> bool:
 def _claim(directory: Path, recipe: Recipe) -> None:
     """Make a directory this run's."""
     directory.mkdir(parents=True, exist_ok=True)
-    about = {"adamac": adamac.__version__, "torch": torch.__version__, "recipe": recipe.to_dict()}
+    about = {"adamac": __version__, "torch": torch.__version__, "recipe": recipe.to_dict()}
     _write_text(directory / "run.json", json.dumps(about, indent=2) + "\n")
 
 
