@@ -240,7 +240,7 @@ def _optimizers(denoiser: Denoiser, rate: float) -> list[torch.optim.Optimizer]:
     others = [p for p in denoiser.parameters() if id(p) not in chosen]
     return [
         Muon(matrices, lr=rate),
-        torch.optim.AdamW(others, lr=rate / 2, betas=(0.9, 0.98), weight_decay=0.01),
+        torch.optim.AdamW(others, lr=rate / 2, betas=(0.9, 0.98), weight_decay=0.01, fused=True),
     ]
 
 
