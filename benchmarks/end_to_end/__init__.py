@@ -23,9 +23,14 @@ Run it from the root of the repository, and read the rows as a table::
     python -m benchmarks.end_to_end run --models wan-1.3b --arms stock best_dense default_15 --out rows.jsonl
     python -m benchmarks.end_to_end summary rows.jsonl
 
+Several GPUs for each video, of which every arm's efficiency is read beside the rows of one GPU in the same file (``summary``
+adds that table)::
+
+    torchrun --standalone --nproc-per-node 2 -m benchmarks.end_to_end run --models wan-14b --out rows.jsonl
+
 Every finished turn is in the file at once; the time limit (``--minutes``) and Ctrl-C lose the turn in progress at most.
 ``--tiny`` runs the same code on small models of the same classes, which a processor does in seconds.
 
 Read in this order: ``models`` (facts), ``arms``, ``build`` (pipelines with random weights), ``turn`` (what is timed),
-``rows``, ``run`` (the loop), ``summary``.
+``rows``, ``ranks`` (several GPUs), ``run`` (the loop), ``summary``, ``scaling``.
 """

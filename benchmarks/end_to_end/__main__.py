@@ -10,8 +10,10 @@ from typing import Annotated
 import tyro
 from tyro.conf import Positional, subcommand
 
+from .ranks import Ranks
 from .rows import read
-from .run import Run, run
+from .run import Run, check, device_of, run
+from .scaling import scaling
 from .summary import table
 
 
@@ -34,16 +36,21 @@ def main() -> int:
     options = tyro.cli(Command, prog="python -m benchmarks.end_to_end", description=__doc__)
     try:
         if isinstance(options, Summary):
-            print(table([row for path in options.rows for row in read(path)]))
+            rows = [row for path in options.rows for row in read(path)]
+            print("\n\n".join(part for part in (table(rows), scaling(rows)) if part))
             return 0
-        rows = run(options, say=lambda line: print(line, flush=True))
+        check(options)
+        ranks = Ranks.join(device_of(options))
+        rows = run(options, lambda line: print(line, flush=True), ranks)
     except (ValueError, OSError) as error:
         print(f"end_to_end: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"broken off; finished turns are in {options.out}", file=sys.stderr)
         return 130
-    print(table(rows))
+    if ranks.first:
+        print(table(rows))
+    ranks.leave()
     return 1 if any(row["status"] == "error" for row in rows) else 0
 
 

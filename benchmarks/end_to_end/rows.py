@@ -159,4 +159,7 @@ def _figures(tally: Tally) -> dict[str, Any] | None:
                 stage: 1e3 * time_s / len(times) for stage, time_s in tally.seconds.items()
             },
         }
+    if tally.rank_seconds:
+        spent = tally.rank_seconds.values()
+        figures["imbalance"] = max(spent) * len(spent) / sum(spent)
     return figures | {"step_ms": times}

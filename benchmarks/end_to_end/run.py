@@ -14,6 +14,7 @@ import torch
 from .arms import choose
 from .build import arguments, build
 from .models import MODELS, Model, tiny
+from .ranks import Ranks
 from .rows import Record, RowFile, stamp
 from .turn import Bench, Deadline, Turn, kinds_of_turn, run_turn, warm_up
 
@@ -64,12 +65,13 @@ class Run:
     commit: str | None = None
 
 
-def run(options: Run, say: Callable[[str], None] = print) -> list[dict[str, Any]]:
+def run(options: Run, say: Callable[[str], None] = print, ranks: Ranks | None = None) -> list[dict[str, Any]]:
     """Measure everything that is asked for.
 
     Args:
         options: What.
         say: Takes a line of progress.
+        ranks: Those that all videos are spread over; each of them has to make this call.
 
     Returns:
         The rows of this run, which are in its file too.
@@ -79,20 +81,22 @@ def run(options: Run, say: Callable[[str], None] = print) -> list[dict[str, Any]
     """
     check(options)
     arms = choose(options.arms, compiled=options.compile)
-    deadline = Deadline(options.minutes)
+    ranks = ranks or Ranks()
+    deadline = Deadline(options.minutes, ranks)
     file, rows = RowFile(options.out), []
     started = datetime.now(UTC).isoformat(timespec="seconds")
     for name in options.models:
         model = _model(name, options)
-        common = _common(model, options) | {"run": started}
+        common = _common(model, options) | {"ranks": ranks.size, "run": started}
         records = [Record(arm, common, model) for arm in arms]
         former = list(rows)
 
         def save(records: list[Record] = records, former: list[dict[str, Any]] = former) -> None:
             rows[:] = former + [record.row() for record in records]
-            file.save(rows)
+            if ranks.first:
+                file.save(rows)
 
-        _measure(model, records, options, deadline, save, say)
+        _measure(model, records, options, ranks, deadline, save, say if ranks.first else lambda line: None)
         save()
         _free()
     return rows
@@ -120,12 +124,13 @@ def _measure(
     model: Model,
     records: list[Record],
     options: Run,
+    ranks: Ranks,
     deadline: Deadline,
     save: Callable[[], None],
     say: Callable[[str], None],
 ) -> None:
     """Run the arms in turns until all rounds are done or time is over."""
-    device, dtype = _device(options), _dtype(options)
+    device, dtype = device_of(options), _dtype(options)
     say(f"{model.name}: {model.video_tokens} video tokens, {model.num_layers} layers")
     try:
         bench = Bench(
@@ -136,7 +141,9 @@ def _measure(
             deadline=deadline,
             min_tokens=1 if options.tiny else None,
             warmup_layers=options.warmup_layers,
+            ranks=ranks,
         )
+        ranks.spread(bench.pipe)
     except Exception as error:  # a model that does not fit is a result too
         for record in records:
             record.end("error", f"model could not be made: {_reason(error)}")
@@ -161,12 +168,17 @@ def _turn(bench: Bench, record: Record, options: Run, *, first_turn: bool) -> Tu
     kinds = kinds_of_turn(
         arm, dense=options.dense_steps, first=options.first_steps, sparse=options.sparse_steps
     )
+    turn, problem = None, None
     try:
         if first_turn and not arm.compiled:  # compiled arms warm up within their turns
             warm_up(bench, arm)
-        return run_turn(bench, arm, kinds)
+        turn = run_turn(bench, arm, kinds)
     except Exception as error:  # an arm that fails is a row with the reason, and the next arm goes on
-        record.end("error", _reason(error))
+        problem = _reason(error)
+    problem = bench.ranks.problem(problem)
+    if problem is None and turn is not None:
+        return turn.of_all(bench.ranks)
+    record.end("error", problem or "")
     _free()  # out here the error, and with it the tensors in its frames, is gone
     return None
 
@@ -216,11 +228,12 @@ def _common(model: Model, options: Run) -> dict[str, Any]:
         "layers_of_model": whole.num_layers,
         "guidance": model.guidance if guided else "off",
         "dtype": str(_dtype(options)).removeprefix("torch."),
-        **stamp(_device(options), options.commit),
+        **stamp(device_of(options), options.commit),
     }
 
 
-def _device(options: Run) -> str:
+def device_of(options: Run) -> str:
+    """Torch's name of the device to measure on."""
     if options.device != "auto":
         return options.device
     return "cuda" if torch.cuda.is_available() else "cpu"
@@ -228,7 +241,7 @@ def _device(options: Run) -> str:
 
 def _dtype(options: Run) -> torch.dtype:
     if options.dtype == "auto":
-        return torch.float32 if _device(options) == "cpu" else torch.bfloat16
+        return torch.float32 if device_of(options) == "cpu" else torch.bfloat16
     return _DTYPES[options.dtype]
 
 

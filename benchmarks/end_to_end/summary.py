@@ -15,8 +15,8 @@ from .rows import projected_s
 
 Row = dict[str, Any]
 
-# Rows may be compared if these are equal.
-_SETTING = ("model", "tiny", "guidance", "layers", "dtype", "device", "torch")
+# Rows may be compared if these are equal, and the number of ranks.
+SETTING = ("model", "tiny", "guidance", "layers", "dtype", "device", "torch")
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,20 @@ def table(rows: list[Row]) -> str:
     return "\n\n".join(_table(group) for group in _groups(rows))
 
 
+def ranks_of(row: Row) -> int:
+    """Over how many ranks a row's videos were spread; early rows were made when there was one only, and do not say."""
+    return row.get("ranks", 1)
+
+
+def main_figures(row: Row) -> Row | None:
+    """The figures of the steps that an arm is about: sparse ones, or dense ones if it has no others."""
+    return row["sparse"] or row["dense"]
+
+
 def _groups(rows: list[Row]) -> list[_Group]:
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        groups.setdefault(tuple(row.get(name) for name in _SETTING), []).append(row)
+        groups.setdefault((*(row.get(name) for name in SETTING), ranks_of(row)), []).append(row)
     return [_Group(group) for group in groups.values()]
 
 
@@ -71,6 +81,7 @@ def _title(row: Row) -> str:
         f"{layers[0]} layers" if layers[0] == layers[1] else f"layers {layers[0]} of {layers[1]}",
         f"guidance {row['guidance']}",
         f"{row['dtype']}, random weights",
+        *([f"spread over {ranks_of(row)} ranks"] if ranks_of(row) > 1 else []),
         f"{row['device']}, torch {row['torch']}, triton {row['triton']}, diffusers {row['diffusers']}",
         f"projected videos: {row['steps_of_video']} steps, the first {row['dense_steps_of_video']} dense",
     ]
@@ -81,15 +92,10 @@ def _median_ms(row: Row, kind: str) -> float | None:
     return row[kind]["p50_ms"] if row[kind] else None
 
 
-def _main(row: Row) -> Row | None:
-    """The figures of the steps that an arm is about: sparse ones, or dense ones if it has no others."""
-    return row["sparse"] or row["dense"]
-
-
 def _step_ratio(arm: str) -> Callable[[Row, _Group], str]:
     def cell(row: Row, group: _Group) -> str:
         reference, star = group.reference(row, arm)
-        figures = _main(row)
+        figures = main_figures(row)
         if reference is None or figures is None:
             return "-"
         return f"{reference['dense']['p50_ms'] / figures['p50_ms']:.2f}{star}"
@@ -123,16 +129,16 @@ def _time(kind: str) -> Callable[[Row, _Group], str]:
 
 
 def _of_main(name: str, form: str) -> Callable[[Row, _Group], str]:
-    return lambda row, group: _number((_main(row) or {}).get(name), form)
+    return lambda row, group: _number((main_figures(row) or {}).get(name), form)
 
 
 def _tail(row: Row, group: _Group) -> str:
-    figures = _main(row)
+    figures = main_figures(row)
     return "-" if figures is None else f"{figures['p99_ms'] / figures['p50_ms']:.3f}"
 
 
 def _stages(row: Row, group: _Group) -> str:
-    stages = (_main(row) or {}).get("stage_ms_per_step")
+    stages = (main_figures(row) or {}).get("stage_ms_per_step")
     return (
         "-"
         if not stages
@@ -141,7 +147,7 @@ def _stages(row: Row, group: _Group) -> str:
 
 
 def _status(row: Row, group: _Group) -> str:
-    reasons = (_main(row) or {}).get("dense_calls") or {}
+    reasons = (main_figures(row) or {}).get("dense_calls") or {}
     notes = [
         f"{count} calls dense, {reason}" for reason, count in reasons.items() if row["schedule"] != "dense"
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -18,6 +18,7 @@ from adamac.integrations.diffusers import Report
 from .arms import Arm
 from .build import Pipeline, compiled_blocks, few_layers
 from .models import Model
+from .ranks import Ranks
 
 Kind = Literal["dense", "first_sparse", "sparse"]
 KINDS: tuple[Kind, ...] = ("dense", "first_sparse", "sparse")
@@ -35,6 +36,7 @@ class Bench:
         deadline: When to stop.
         min_tokens: See :class:`adamac.Schedule`; ``None`` means its default.
         warmup_layers: Layers of each list of blocks in a warm-up.
+        ranks: Those that the pipeline is spread over.
     """
 
     model: Model
@@ -44,19 +46,21 @@ class Bench:
     deadline: Deadline
     min_tokens: int | None = None
     warmup_layers: int = 1
+    ranks: Ranks = field(default_factory=Ranks)
 
 
 class Deadline:
     """The end of the time that a run may take."""
 
-    def __init__(self, minutes: float | None) -> None:
-        """Start now; ``None`` never ends."""
+    def __init__(self, minutes: float | None, ranks: Ranks | None = None) -> None:
+        """Start now; ``None`` never ends. Of several ranks, which all have to ask, the first decides."""
         self.minutes = minutes
+        self._ranks = ranks or Ranks()
         self._end = None if minutes is None else time.perf_counter() + 60 * minutes
 
     def allows(self, seconds: float = 0) -> bool:
         """Whether something that takes so long would still be done in time."""
-        return self._end is None or time.perf_counter() + seconds < self._end
+        return self._end is None or self._ranks.first_says(time.perf_counter() + seconds < self._end)
 
 
 @dataclass
@@ -71,6 +75,7 @@ class Tally:
         density: Sum over the calls.
         cost: Likewise.
         seconds: Time by stage.
+        rank_seconds: Time of all stages by rank; empty where there is one.
     """
 
     step_ms: list[float] = field(default_factory=list)
@@ -80,6 +85,7 @@ class Tally:
     density: float = 0.0
     cost: float = 0.0
     seconds: Counter[str] = field(default_factory=Counter)
+    rank_seconds: Counter[int] = field(default_factory=Counter)
 
     def add(self, step_ms: list[float], report: Report | None) -> None:
         """Add steps of a turn and what the handle reported of them."""
@@ -92,6 +98,7 @@ class Tally:
         self.density += report.density * report.calls
         self.cost += report.cost * report.calls
         self.seconds.update(report.seconds)
+        self.rank_seconds.update(dict(enumerate(report.rank_seconds)))
 
 
 @dataclass(frozen=True)
@@ -113,6 +120,12 @@ class Turn:
     peak_kind: str
     in_time: bool
     impl: str | None
+
+    def of_all(self, ranks: Ranks) -> Turn:
+        """The turn of all ranks together: times of the slowest, memory of the one that needs most."""
+        times = ranks.slowest([time_ms for _, time_ms in self.steps])
+        steps = [(kind, time_ms) for (kind, _), time_ms in zip(self.steps, times, strict=True)]
+        return replace(self, steps=steps, peak_gib=ranks.most(self.peak_gib))
 
 
 def kinds_of_turn(arm: Arm, *, dense: int, first: int, sparse: int) -> tuple[Kind, ...]:
@@ -237,7 +250,7 @@ class _Watch:
     def _collect(self, kind: Kind) -> None:
         """Keep what the handle reports of the kind that ends here. Waits for the device, between steps."""
         if self._handle is not None:
-            self.reports[kind] = self._handle.report()
+            self.reports[kind] = self._handle.report(all_ranks=True)
             self._handle.clear()
 
 
