@@ -24,13 +24,14 @@ Run it from the root of the repository, and read the rows as a table::
     python -m benchmarks.end_to_end summary rows.jsonl
 
 Several GPUs for each video, of which every arm's efficiency is read beside the rows of one GPU in the same file (``summary``
-adds that table)::
+adds that table). ``check`` says beforehand whether spread videos are what they should be::
 
+    torchrun --standalone --nproc-per-node 2 -m benchmarks.end_to_end check
     torchrun --standalone --nproc-per-node 2 -m benchmarks.end_to_end run --models wan-14b --out rows.jsonl
 
 Every finished turn is in the file at once; the time limit (``--minutes``) and Ctrl-C lose the turn in progress at most.
 ``--tiny`` runs the same code on small models of the same classes, which a processor does in seconds.
 
 Read in this order: ``models`` (facts), ``arms``, ``build`` (pipelines with random weights), ``turn`` (what is timed),
-``rows``, ``ranks`` (several GPUs), ``run`` (the loop), ``summary``, ``scaling``.
+``rows``, ``ranks`` and ``check`` (several GPUs), ``run`` (the loop), ``summary``, ``scaling``.
 """

@@ -10,6 +10,7 @@ from typing import Annotated
 import tyro
 from tyro.conf import Positional, subcommand
 
+from .check import check_ranks
 from .ranks import Ranks
 from .rows import read
 from .run import Run, check, device_of, run
@@ -28,7 +29,22 @@ class Summary:
     rows: Positional[tuple[Path, ...]]
 
 
-Command = Annotated[Run, subcommand("run")] | Annotated[Summary, subcommand("summary")]
+@dataclass(frozen=True)
+class Check:
+    """Under torchrun: compare videos spread over the ranks with those of one, on small models of all families.
+
+    Attributes:
+        device: "cpu" or "cuda".
+    """
+
+    device: str = "cuda"
+
+
+Command = (
+    Annotated[Run, subcommand("run")]
+    | Annotated[Summary, subcommand("summary")]
+    | Annotated[Check, subcommand("check")]
+)
 
 
 def main() -> int:
@@ -39,6 +55,8 @@ def main() -> int:
             rows = [row for path in options.rows for row in read(path)]
             print("\n\n".join(part for part in (table(rows), scaling(rows)) if part))
             return 0
+        if isinstance(options, Check):
+            return _check(options)
         check(options)
         ranks = Ranks.join(device_of(options))
         rows = run(options, lambda line: print(line, flush=True), ranks)
@@ -52,6 +70,15 @@ def main() -> int:
         print(table(rows))
     ranks.leave()
     return 1 if any(row["status"] == "error" for row in rows) else 0
+
+
+def _check(options: Check) -> int:
+    ranks = Ranks.join(options.device)
+    found = check_ranks(ranks, options.device)
+    if ranks.first:
+        print("\n".join(map(str, found)))
+    ranks.leave()
+    return 0 if all(each.passed for each in found) else 1
 
 
 if __name__ == "__main__":

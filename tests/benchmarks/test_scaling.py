@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from benchmarks.end_to_end import arms as arms_module
 from benchmarks.end_to_end.arms import Arm
+from benchmarks.end_to_end.check import Check, check_ranks
 from benchmarks.end_to_end.ranks import Ranks
 from benchmarks.end_to_end.rows import read
 from benchmarks.end_to_end.run import Run, run
@@ -74,6 +75,18 @@ def test_an_arm_that_fails_is_a_row_on_every_rank_with_the_reason_of_its_own(fou
     broken = [rows[2] for rows, *_ in found[1]]
     assert [row["status"] for row in broken] == ["error", "error"]
     assert [row["reason"] for row in broken] == ["ValueError: no time", "ValueError: no room"]
+
+
+def checked(rank: int) -> list[Check]:
+    return check_ranks(Ranks.join("cpu"), "cpu")
+
+
+def test_the_check_passes_for_all_families_and_can_fail():
+    for checks in run_ranks(checked, 2):
+        assert [str(check) for check in checks if not check.passed] == []
+        assert len(checks) == 3
+        assert all(not replace(check, error=check.effect).passed for check in checks)
+        assert "DISAGREES" in str(replace(checks[0], error=1.0))
 
 
 def test_efficiency_is_the_time_of_one_rank_over_all_ranks_together(tmp_path):
