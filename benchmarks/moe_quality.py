@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jsonl
+from benchmarks import jsonl
 from adamac.moe.lm.corpus import is_corpus
 from adamac.moe.lm.train import read_rows
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from adamac.moe import MoE, preset
 from adamac.moe.dispatch import DISPATCHERS, choose
-from adamac.ops.grouped_mm import GroupedImpl
+from adamac.ops.grouped_mlp import MlpImpl
 
 from .cases import PRESETS, LayerCase
 from .crew import Crew
@@ -65,7 +65,7 @@ def make_layer(
     router: Tensor,
     group: dist.ProcessGroup | None,
     dtype: torch.dtype,
-    impl: GroupedImpl = "auto",
+    impl: MlpImpl = "auto",
 ) -> MoE:
     """Build a layer; whichever ranks it is spread over, it has the same weights."""
     config = preset(preset_name, case.hidden, case.num_experts, case.top_k, case.ratio)
@@ -80,7 +80,7 @@ def make_arms(case: LayerCase, router: Tensor, crew: Crew, dtype: torch.dtype) -
     """Build all of our arms."""
     found = []
     for preset_name in PRESETS:
-        layer = make_layer(case, preset_name, router, crew.group, dtype)
+        layer = make_layer(case, preset_name, router, crew.group, dtype, case.experts)
         found += [_arm(preset_name, name, layer, crew) for name in dispatchers(crew.ranks)]
     return found
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Literal
 
+from adamac.ops.grouped_mlp import MlpImpl
+
 Routing = Literal["balanced", "trained_like"]
 ROUTINGS: tuple[Routing, ...] = ("balanced", "trained_like")
 PRESETS = ("fine_grained", "bigmac")
@@ -66,6 +68,7 @@ class LayerCase:
         tokens: On each rank.
         routing: How tokens are routed.
         num_experts: On all ranks together.
+        experts: How both sides' experts are computed, as ``adamac.ops.grouped_mlp`` has it.
         rivals: Other packages' layers that take part.
         budget_s: Seconds that timing may take.
     """
@@ -76,13 +79,15 @@ class LayerCase:
     tokens: int = 4096
     routing: Routing = "balanced"
     num_experts: int = 64
+    experts: MlpImpl = "auto"
     rivals: tuple[str, ...] = ()
     budget_s: float = 8.0
 
     @property
     def title(self) -> str:
         """In a line of progress."""
-        return f"layer h{self.hidden} top-{self.top_k} r{self.ratio:g} {self.tokens} tokens {self.routing}"
+        special = " ".join([self.experts if self.experts != "auto" else "", *self.rivals])
+        return f"layer h{self.hidden} top-{self.top_k} r{self.ratio:g} {self.tokens} tokens {self.routing} {special}".rstrip()
 
 
 @dataclass(frozen=True)
@@ -105,19 +110,21 @@ class CollectivesCase:
 
 @dataclass(frozen=True)
 class KernelsCase:
-    """What one rank computes, piece by piece; fields as in :class:`LayerCase`."""
+    """What one rank computes, piece by piece, or the fused kernels by tile; fields as in :class:`LayerCase`."""
 
     hidden: int = 2048
     top_k: int = 8
     ratio: float = 0.25
     tokens: int = 4096
     num_experts: int = 64
+    experts: MlpImpl = "auto"
     budget_s: float = 2.0
 
     @property
     def title(self) -> str:
         """In a line of progress."""
-        return f"kernels h{self.hidden} top-{self.top_k} r{self.ratio:g} {self.tokens} tokens"
+        special = " fused" if self.experts == "fused" else ""
+        return f"kernels h{self.hidden} top-{self.top_k} r{self.ratio:g} {self.tokens} tokens{special}"
 
 
 @dataclass(frozen=True)
@@ -171,6 +178,7 @@ class LaunchesCase:
     ratio: float = 0.25
     tokens: int = 16384
     num_experts: int = 64
+    experts: MlpImpl = "auto"
 
     @property
     def title(self) -> str:
@@ -180,7 +188,7 @@ class LaunchesCase:
 
 Case = LayerCase | CollectivesCase | KernelsCase | ModelCase | CostCase | LaunchesCase
 
-PARTS = ("cost", "collectives", "kernels", "launches", "layer", "rivals", "train", "serve")
+PARTS = ("cost", "collectives", "kernels", "launches", "layer", "fused", "rivals", "train", "serve")
 # DeepSpeed's layer multiplies with a matrix of tokens x experts x capacity: its work grows with the square of the tokens.
 _FEW_TOKENS = 1024
 _HIDDEN, _TOP_K, _RATIO = (2048, 1024, 4096), (8, 4, 16), (0.25, 0.5, 0.125)
@@ -216,7 +224,10 @@ def cases(
     alone = fabric.backend is None
     pieces: list[Case] = [*(_kernels(plan) if alone and "kernels" in parts else [])]
     if alone and "launches" in parts:
-        pieces.append(LaunchesCase(64, 2, tokens=64, num_experts=8) if plan == "tiny" else LaunchesCase())
+        launches = LaunchesCase(64, 2, tokens=64, num_experts=8) if plan == "tiny" else LaunchesCase()
+        pieces.append(launches)
+        if "fused" in parts:
+            pieces += [replace(case, experts="fused") for case in (*pieces[-2:-1], launches)]
     models = _models(plan, fabric, parts)
     early, late = (models, []) if plan == "quick" else ([], models)
     wanted = [
@@ -232,7 +243,8 @@ def cases(
     # Those of the targets first: as many as the quick plan has without rivals.
     first = [case for case in wanted if not case.rivals][: 2 if plan == "quick" else 1]
     rest = [case for case in wanted if case not in first]
-    return [*found, *first, *pieces, *early, *rest, *late]
+    fused = [replace(case, experts="fused") for case in first] if "fused" in parts else []
+    return [*found, *first, *fused, *pieces, *early, *rest, *late]
 
 
 def _layers(plan: str, fabric: Fabric, *, rivals: bool) -> list[LayerCase]:

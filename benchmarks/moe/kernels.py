@@ -1,7 +1,9 @@
 """What a rank computes, piece by piece: with ``collectives`` all that a cost model of a layer is fitted from.
 
 ``project`` is the plain product that descends, ``experts`` the two grouped products with the activation between, ``spread`` the
-copy of rows to their experts' places, ``gathered`` the weighted sum back. Forward passes; routing is balanced.
+copy of rows to their experts' places, ``gathered`` the weighted sum back. ``up``, ``activation`` and ``down`` are the parts of
+``experts``; ``fused_up`` is the first two in one kernel and ``fused_gradient`` what they take back in one, for each way to cut
+a product into tiles: how a default is chosen. Forward passes but for the last; routing is balanced.
 """
 
 from __future__ import annotations
@@ -11,10 +13,13 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from adamac.moe import preset
 from adamac.moe.experts import Experts
 from adamac.moe.rows import by_expert, gathered, spread
+from adamac.ops.grouped_mlp import activate, check_fused
+from adamac.ops.grouped_mm import grouped_mm
 
 from .arms import make_layer
 from .cases import PRESETS, KernelsCase, LayerCase
@@ -63,16 +68,33 @@ def _pieces(
         rows = spread(narrow, order)
     size, width, copies = crew.dtype.itemsize, config.width, len(rows)
     weights = sum(weight.nbytes for weight in experts.parameters())
+    with torch.no_grad():
+        inner = grouped_mm(rows, experts.up, counts)
+        active = activate(inner, config.activation)
+    one_product = {
+        "flops": 2 * copies * width * config.ffn,
+        "bytes": copies * (width + config.ffn) * size + weights // 2,
+    }
+    if case.experts == "fused":
+        fused = _fused(rows, experts, counts, inner)
+        more = {name: inner.nbytes if "gradient" in name else 0 for name in fused}
+        return fused, {name: one_product | {"bytes": one_product["bytes"] + more[name]} for name in fused}
     steps: dict[str, Callable[[], Any]] = {
         "experts": lambda: experts(rows, counts),
+        "up": lambda: grouped_mm(rows, experts.up, counts),
+        "activation": lambda: activate(inner, config.activation),
+        "down": lambda: grouped_mm(active, experts.down, counts),
         "spread": lambda: spread(narrow, order),
         "gathered": lambda: gathered(rows, order, routing.weights),
     }
     costs = {
         "experts": {
-            "flops": 2 * copies * config.matrices * width * config.ffn,
+            "flops": 2 * one_product["flops"],
             "bytes": 2 * copies * (width + config.ffn) * size + weights,
         },
+        "up": one_product,
+        "activation": {"flops": 0, "bytes": 2 * inner.nbytes},
+        "down": one_product,
         "spread": {"flops": 0, "bytes": (len(narrow) + copies) * width * size},
         "gathered": {"flops": 2 * copies * width, "bytes": (len(narrow) + copies) * width * size},
     }
@@ -83,3 +105,34 @@ def _pieces(
             "bytes": (case.tokens * (case.hidden + width) + case.hidden * width) * size,
         }
     return steps, costs
+
+
+def _fused(rows: Tensor, experts: Experts, counts: Tensor, inner: Tensor) -> dict[str, Callable[[], Any]]:
+    """The fused kernels for each way to cut a product; a way that does not fit the GPU is left out."""
+    from adamac.ops.grouped_mlp import triton as kernels
+
+    check_fused(rows, experts.up)
+    activation, found = experts.config.activation, {}
+    for tiles in _TILES:
+
+        def up(tiles: Any = tiles) -> Any:
+            return kernels.up_activated(
+                rows, experts.up, counts, activation, keep_inner=False, tiles=kernels.Tiles(*tiles)
+            )
+
+        def gradient(tiles: Any = tiles) -> Any:
+            return kernels.down_gradient(
+                rows, experts.down, counts, inner, activation, tiles=kernels.Tiles(*tiles)
+            )
+
+        for name, step in (("fused_up", up), ("fused_gradient", gradient)):
+            try:
+                step()
+            except Exception:  # too much shared memory, above all
+                continue
+            found[f"{name} {'x'.join(map(str, tiles))}"] = step
+    return found
+
+
+# Rows, columns, step, warps and stages of a tile.
+_TILES = ((128, 128, 64, 8, 3), (128, 128, 64, 8, 2), (64, 128, 64, 4, 4), (128, 64, 64, 4, 4))

@@ -25,7 +25,7 @@ _MOST = 40
 def run(case: LaunchesCase, crew: Crew) -> None:
     """Profile each arm, and hand out a row for each pass."""
     common = {"benchmark": "moe_launches", **asdict(case), "dtype": str(crew.dtype).removeprefix("torch.")}
-    layer_case = LayerCase(case.hidden, case.top_k, case.ratio, case.tokens, num_experts=case.num_experts)
+    layer_case = LayerCase(**asdict(case))
     inputs = make(layer_case, crew.rank, crew.device, crew.dtype)
     inputs.x.requires_grad_()
     for arm in make_arms(layer_case, inputs.router, crew, crew.dtype):

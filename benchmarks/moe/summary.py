@@ -52,11 +52,16 @@ def _targets(rows: list[Row]) -> str:
         verdict = "met" if forward >= target else "missed"
         lines.append([what, f"≥ {target:g} ×", f"{forward:.2f}", _number(both), verdict])
 
-    for fabric, (copies, best) in _TARGETS.items():
-        case = _case(rows, fabric)
-        judged(f"layer, XL top-8, copy per expert, {fabric}", copies, _copies(case))
-        judged(f"layer, XL top-8, best dispatcher, {fabric}", best, _best(case))
-    judged("layer, XL top-8, one GPU, no communication", _ONE_GPU, _best(_case(rows, "none")))
+    for experts in ("auto", "fused"):
+        how = ", activation fused" if experts == "fused" else ""
+        if experts == "fused" and not any(row.get("experts") == "fused" for row in rows):
+            continue
+        for fabric, (copies, best) in _TARGETS.items():
+            case = _case(rows, fabric, experts)
+            judged(f"layer, XL top-8{how}, copy per expert, {fabric}", copies, _copies(case))
+            judged(f"layer, XL top-8{how}, best dispatcher, {fabric}", best, _best(case))
+        alone = _best(_case(rows, "none", experts))
+        judged(f"layer, XL top-8{how}, one GPU, no communication", _ONE_GPU, alone)
     trained = _latest(
         row
         for row in _ok(rows, "moe_model")
@@ -186,7 +191,8 @@ def _launches(fabric: str, rows: list[Row]) -> str:
     parts = []
     for row in _latest(_ok(rows, "moe_launches")):
         title = (
-            f"Kernels of {row['arm']} on {fabric}, {_DIRECTIONS[row['pass']]}: {row['launches']:.0f} launches, "
+            f"Kernels of {row['arm']}{', fused' if row['experts'] == 'fused' else ''} on {fabric}, "
+            f"{_DIRECTIONS[row['pass']]}: {row['launches']:.0f} launches, "
             f"{row['device_ms']:.3f} ms"
         )
         lines = [[kernel["name"], f"{kernel['calls']:g}", f"{kernel['ms']:.4f}"] for kernel in row["kernels"]]
@@ -194,7 +200,7 @@ def _launches(fabric: str, rows: list[Row]) -> str:
     return "\n\n".join(parts)
 
 
-def _case(rows: list[Row], fabric: str) -> list[Row]:
+def _case(rows: list[Row], fabric: str, experts: str) -> list[Row]:
     """The latest rows of the shape that targets speak of, by arm."""
     shape = {
         "hidden": 2048,
@@ -203,6 +209,7 @@ def _case(rows: list[Row], fabric: str) -> list[Row]:
         "num_experts": 64,
         "routing": "balanced",
         "fabric": fabric,
+        "experts": experts,
         "tokens": FABRICS[fabric].tokens,
     }
     return _latest(
@@ -261,13 +268,13 @@ def _rivals(rows: list[Row]) -> str:
     return _table(["fabric", "layer", "pass", "our baseline, ms", *RIVALS, ""], lines)
 
 
-_SHAPE = ("hidden", "top_k", "ratio", "tokens", "routing", "rivals")
+_SHAPE = ("hidden", "top_k", "ratio", "tokens", "routing", "experts", "rivals")
 
 
 def _shape(row: Row) -> str:
     return (
         f"h {row['hidden']}, top-{row['top_k']} of {row['num_experts']}, r {row['ratio']:g}, {row['tokens']} tokens, "
-        f"{row['routing']}{', with rivals' if row['rivals'] else ''}"
+        f"{row['routing']}{', fused' if row['experts'] == 'fused' else ''}{', with rivals' if row['rivals'] else ''}"
     )
 
 

@@ -16,7 +16,7 @@ from benchmarks.moe.inputs import make
 from benchmarks.moe.launch import Order, _verdict, carry_out
 from benchmarks.moe.rows import read
 from benchmarks.moe.run import Run, run
-from benchmarks.moe.summary import tables
+from benchmarks.moe.summary import predictions, tables
 
 from adamac.moe import Router, Routing, preset
 
@@ -73,15 +73,24 @@ def test_a_rehearsal_on_two_ranks_measures_every_arm_and_counts_every_byte(tmp_p
 
 def test_a_rehearsal_of_whole_models_on_one_rank(tmp_path):
     options = Run(
-        plan="tiny", out=tmp_path / "rows.jsonl", fabrics=("none",), parts=("kernels", "train", "serve")
+        plan="tiny",
+        out=tmp_path / "rows.jsonl",
+        fabrics=("none",),
+        parts=("cost", "kernels", "launches", "train", "serve"),
     )
     found = run(options, say=silent)
     assert {row["status"] for row in found} == {"ok"}
     pieces = [(row["preset"], row["kernel"]) for row in found if row["benchmark"] == "moe_kernels"]
+    experts = ("experts", "up", "activation", "down", "spread", "gathered")
     assert pieces == [
-        *(("fine_grained", kernel) for kernel in ("experts", "spread", "gathered")),
-        *(("bigmac", kernel) for kernel in ("experts", "spread", "gathered", "project")),
+        *(("fine_grained", kernel) for kernel in experts),
+        *(("bigmac", kernel) for kernel in (*experts, "project")),
     ]
+    launches = [row for row in found if row["benchmark"] == "moe_launches"]
+    assert [(row["preset"], row["pass"]) for row in launches] == [
+        (name, way) for name in ("fine_grained", "bigmac") for way in ("forward", "forward_backward")
+    ]
+    assert all(row["launches"] >= len(row["kernels"]) > 10 for row in launches)
     rows = [row for row in found if row["benchmark"] == "moe_model"]
     assert [(row["work"], row.get("batch")) for row in rows[::2]] == [
         ("train", None),
@@ -91,6 +100,32 @@ def test_a_rehearsal_of_whole_models_on_one_rank(tmp_path):
     assert all(row["tokens_per_s"] > 0 for row in rows)
     assert all(row["n"] >= 32 for row in rows if row["work"] == "decode")
     assert "decode, batch 16, prompt 32" in tables(rows)
+
+
+def test_what_the_cost_model_says_stands_beside_what_was_measured(tmp_path):
+    options = Run(plan="tiny", out=tmp_path / "rows.jsonl", fabrics=("none",), parts=("cost", "layer"))
+    rows = run(options, say=silent)
+    assert {row["status"] for row in rows} == {"ok"}
+    fitted, *said = [row for row in rows if row["benchmark"] in ("moe_cost", "moe_prediction")]
+    assert fitted["machine"]["costs"]["grouped"]["overhead_ms"] > 0
+    assert [(row["preset"], row["pass"]) for row in said] == [
+        (name, way) for name in ("fine_grained", "bigmac") for way in ("forward", "forward_backward")
+    ]
+    layers = [row for row in rows if row["benchmark"] == "moe_layer"]
+    assert all(row[way]["predicted_ms"] > 0 for row in layers for way in ("forward", "forward_backward"))
+    points = predictions(read(options.out))
+    assert len(points) == len(said) + 2 * len(layers)
+    assert f"of {len(points)} points" in tables(rows)
+
+
+def test_ranks_without_tokens_and_experts_without_rows_are_checked(tmp_path):
+    options = Run(plan="tiny", out=tmp_path / "rows.jsonl", fabrics=("gloo",), parts=("collectives",))
+    (hard,) = [row for row in run(options, say=silent) if row["benchmark"] == "moe_check_hard"]
+    assert hard["status"] == "ok"
+    # All arms: in float64 where it is hard, in the dtype of the benchmark everywhere.
+    assert len(hard["relative_error"]) == len(OURS) * (2 + 3)
+    found = {"a, float64, usual": 1e-9, "a, bfloat16, usual": 1e-3, "b, bfloat16, usual": float("nan")}
+    assert list(check.problems(found)) == ["a, float64, usual", "b, bfloat16, usual"]
 
 
 def test_processes_that_cannot_meet_are_a_row_with_the_reason():

@@ -12,11 +12,11 @@ from adamac.advise.bench import Bench, Call
 from adamac.advise.cost import Kind, Work
 from adamac.advise.work import Rows, activation, gating, grouped_product, product, sorting
 from adamac.moe.dispatch.exchange import Gather, Scatter, Splits, exchanged
-from adamac.moe.experts import ACTIVATIONS
 from adamac.moe.presets import MoEConfig
 from adamac.moe.routing import Router, Routing
 from adamac.moe.rows import by_expert, gathered, spread
 from adamac.moe.traffic import Traffic
+from adamac.ops.grouped_mlp import ACTIVATIONS
 from adamac.ops.grouped_mm import grouped_mm
 
 _TOP_K = 4

@@ -7,21 +7,14 @@ it, it starts the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from adamac.moe.presets import MoEConfig
-from adamac.ops.grouped_mm import GroupedImpl, chosen, grouped_mm
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": nn.functional.gelu,
-    "relu": nn.functional.relu,
-    "silu": nn.functional.silu,
-    "relu2": lambda x: nn.functional.relu(x).square(),
-}
+from adamac.ops.grouped_mlp import MlpImpl, activate, check_fused, grouped_mlp
+from adamac.ops.grouped_mm import chosen
 
 
 class Experts(nn.Module):
@@ -38,7 +31,7 @@ class Experts(nn.Module):
         local_experts: int | None = None,
         first: int = 0,
         *,
-        impl: GroupedImpl = "auto",
+        impl: MlpImpl = "auto",
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -60,11 +53,12 @@ class Experts(nn.Module):
         Returns:
             ``[n, width]`` in the same order.
         """
-        inner = grouped_mm(rows, self.up.to(rows.dtype), counts, impl=self.impl)
-        return grouped_mm(activate(inner, self.config), self.down.to(rows.dtype), counts, impl=self.impl)
+        up, down = (matrices.to(rows.dtype) for matrices in (self.up, self.down))
+        config = self.config
+        return grouped_mlp(rows, up, down, counts, config.activation, gated=config.gated, impl=self.impl)
 
-    def runs(self, dtype: torch.dtype | None = None) -> Literal["torch", "reference"]:
-        """Say which implementation of the grouped product these experts run through.
+    def runs(self, dtype: torch.dtype | None = None) -> Literal["fused", "torch", "reference"]:
+        """Say how these experts are computed: with the activation fused into the products, or through which grouped product.
 
         ``"reference"``, a loop that waits for the device, is what ``impl="auto"`` falls back to, above all where a width is no
         multiple of 16 bytes.
@@ -73,13 +67,16 @@ class Experts(nn.Module):
             dtype: Of the rows; ``None`` means that of the parameters.
 
         Raises:
-            ValueError: If ``impl`` is unknown, or is ``"torch"`` and cannot run.
+            ValueError: If ``impl`` is unknown, or cannot run.
         """
-        picked: list[Literal["torch", "reference"]] = []
-        for matrices in (self.up, self.down):
-            rows = torch.empty(0, matrices.shape[1], dtype=dtype or matrices.dtype, device=matrices.device)
-            picked.append(chosen(self.impl, rows, matrices))
-        return "torch" if set(picked) == {"torch"} else "reference"
+        config, dtype, device = self.config, dtype or self.up.dtype, self.up.device
+        rows = torch.empty(0, config.width, dtype=dtype, device=device)
+        if self.impl == "fused":
+            check_fused(rows, self.up, gated=config.gated)
+            return "fused"
+        inner = torch.empty(0, config.ffn, dtype=dtype, device=device)
+        through = {chosen(self.impl, rows, self.up), chosen(self.impl, inner, self.down)}
+        return "torch" if through == {"torch"} else "reference"
 
     def extra_repr(self) -> str:
         """What distinguishes the experts in a printed model."""
@@ -118,13 +115,4 @@ class SharedExpert(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Answer every token: ``[tokens, hidden]`` to the same."""
-        return self.down(activate(self.up(tokens), self.config))
-
-
-def activate(inner: Tensor, config: MoEConfig) -> Tensor:
-    """Apply the activation: ``[n, ffn]``, or of ``[n, 2 * ffn]`` the activated first half times the second."""
-    activation = ACTIVATIONS[config.activation]
-    if not config.gated:
-        return activation(inner)
-    gate, up = inner.chunk(2, dim=-1)
-    return activation(gate) * up
+        return self.down(activate(self.up(tokens), self.config.activation, gated=self.config.gated))

@@ -23,7 +23,7 @@ from adamac.moe.presets import MoEConfig
 from adamac.moe.routing import Router, Routing
 from adamac.moe.timing import Clock
 from adamac.moe.traffic import Traffic
-from adamac.ops.grouped_mm import GroupedImpl
+from adamac.ops.grouped_mlp import MlpImpl
 
 # Of matrices where an initialisation by fan-in is not asked for: GPT-2's.
 _STD = 0.02
@@ -57,7 +57,7 @@ class MoE(nn.Module):
         group: dist.ProcessGroup | None = None,
         *,
         chunks: int = 1,
-        impl: GroupedImpl = "auto",
+        impl: MlpImpl = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -68,7 +68,7 @@ class MoE(nn.Module):
             dispatcher: ``"auto"``, ``"local"``, ``"all_to_all"``, ``"per_rank"`` or ``"all_gather"``.
             group: The ranks that its experts are spread over; ``None`` means that all are here.
             chunks: Parts that the tokens are sent in, so that the experts work on one while the next travels.
-            impl: Of the experts' matrix products, see :func:`adamac.ops.grouped_mm.grouped_mm`.
+            impl: Of the experts, see :func:`adamac.ops.grouped_mlp.grouped_mlp`.
             device: Of the parameters.
             dtype: Of the parameters.
 

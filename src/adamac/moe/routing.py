@@ -182,6 +182,9 @@ class Router(nn.Module):
         return losses
 
 
+_HALVES = (torch.bfloat16, torch.float16)
+
+
 class _Logits(torch.autograd.Function):
     """The router's linear map, accurate whatever the dtype; what is kept for the backward are the tokens as they came.
 
@@ -191,6 +194,9 @@ class _Logits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(tokens, weight)
+        if tokens.is_cuda and tokens.dtype == weight.dtype and tokens.dtype in _HALVES:
+            # Products of halves are exact in float32, and are added up in it: no wide copy of the tokens is needed.
+            return torch.mm(tokens, weight.T, out_dtype=torch.float32)
         rows = accurate(tokens)
         return nn.functional.linear(rows, weight.to(rows.dtype))
 
