@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import jsonl
 from adamac.moe.lm.corpus import is_corpus
 from adamac.moe.lm.train import read_rows
+from benchmarks import jsonl
 
 # A preset, and after commas fields of its layers that differ from all others'.
 ARMS = (

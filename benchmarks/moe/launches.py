@@ -28,7 +28,11 @@ def run(case: LaunchesCase, crew: Crew) -> None:
     layer_case = LayerCase(**asdict(case))
     inputs = make(layer_case, crew.rank, crew.device, crew.dtype)
     inputs.x.requires_grad_()
-    for arm in make_arms(layer_case, inputs.router, crew, crew.dtype):
+    arms, problem = crew.attempt(lambda: make_arms(layer_case, inputs.router, crew, crew.dtype))
+    if problem is not None:
+        crew.row(common | {"arm": "all", "status": "error", "reason": problem})
+        return
+    for arm in arms:
 
         def forward(arm: Any = arm) -> None:
             with torch.no_grad():

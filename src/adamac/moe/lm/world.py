@@ -77,10 +77,10 @@ class World:
         place = find_device(device, int(os.environ.get("LOCAL_RANK", "0")) if size > 1 else None)
         if expert_ranks < 1 or size % expert_ranks:
             raise ValueError(f"expert_ranks must divide the {size} ranks, got {expert_ranks}")
+        if place.type == "cuda" and place.index is not None:  # what names no card is then on this one
+            torch.cuda.set_device(place)
         if size == 1:
             return cls(device=place)
-        if place.type == "cuda":
-            torch.cuda.set_device(place)
         if not begun:
             card = place if place.type == "cuda" else None
             dist.init_process_group("nccl" if card else "gloo", device_id=card)
