@@ -2,8 +2,9 @@
 
 Pipelines tell little: some name the guidance branch, one tells the step. What they all do is call ``set_timesteps`` on
 their scheduler at the start of a video, which makes a new tensor of time steps, and then call the transformer once a step
-and branch. So a new tensor is a new video, however the last one ended; and the n-th call of a branch is its n-th
-evaluation. A scheduler of order 2 evaluates the model twice a step. Wan 2.2 hands over from one transformer to the other in
+and branch. So a new tensor is a new video, however the last one ended, and so is what comes after a pipeline said that it is
+done (another pipeline with the same transformer may have a scheduler that is not seen here); and the n-th call of a branch is
+its n-th evaluation. A scheduler of order 2 evaluates the model twice a step. Wan 2.2 hands over from one transformer to the other in
 the middle of a video: both share one clock.
 """
 
@@ -57,7 +58,7 @@ class Clock:
         """
         scheduler = self.scheduler()
         if scheduler is not None:
-            started = scheduler.timesteps is not self._timesteps
+            started = scheduler.timesteps is not self._timesteps or not self._evaluations
             self._timesteps = scheduler.timesteps
         elif not self._evaluations:
             started = True

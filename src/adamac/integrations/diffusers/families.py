@@ -138,12 +138,17 @@ def transformers_of(pipe_or_transformer: Any) -> list[torch.nn.Module]:
         UnsupportedModelError: If there is none.
     """
     if isinstance(pipe_or_transformer, torch.nn.Module):
-        return [pipe_or_transformer]
+        return [_uncompiled(pipe_or_transformer)]
     found = [getattr(pipe_or_transformer, name, None) for name in ("transformer", "transformer_2")]
-    transformers = [module for module in found if isinstance(module, torch.nn.Module)]
+    transformers = [_uncompiled(module) for module in found if isinstance(module, torch.nn.Module)]
     if not transformers:
         raise UnsupportedModelError(
             f"{type(pipe_or_transformer).__name__} has no transformer to make sparse; expected a diffusers pipeline of "
             + ", ".join(family.name for family in FAMILIES)
         )
     return transformers
+
+
+def _uncompiled(module: torch.nn.Module) -> torch.nn.Module:
+    """The module within what ``torch.compile(module)`` returned, or the module itself."""
+    return getattr(module, "_orig_mod", module)

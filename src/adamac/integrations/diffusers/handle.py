@@ -15,7 +15,7 @@ from torch import Tensor
 from adamac.attention import AdaCluster, Layout, Method, Plan, Schedule, attend
 from adamac.integrations.diffusers.clock import Clock, Moment
 from adamac.integrations.diffusers.families import Family, UnsupportedModelError, family_of, transformers_of
-from adamac.integrations.diffusers.hooks import TransformerHook
+from adamac.integrations.diffusers.hooks import Listener, TransformerHook
 from adamac.integrations.diffusers.ledger import Call, Ledger, Report
 from adamac.integrations.diffusers.padding import TextLengths
 from adamac.integrations.diffusers.parallel import Ranks, ranks_of
@@ -23,7 +23,6 @@ from adamac.integrations.diffusers.seam import Attending, release, site_of
 from adamac.ops import dense_attention
 from adamac.ops.cluster_attention import Impl, refused, resolve
 
-_HOOK = "adamac"
 _OLDEST_DIFFUSERS = (0, 36)
 
 
@@ -150,9 +149,8 @@ class Handle:
         for transformer, family in zip(self._transformers, self._families, strict=True):
             for _, module in family.modules(transformer):
                 release(module)
-            registry = HookRegistry.check_if_exists_or_initialize(transformer)
-            registry.remove_hook(_HOOK, recurse=False)
-            _forget_children(registry)
+            TransformerHook.take_off(transformer)
+            _forget_children(transformer)
         for block in self._compiled:
             block._compiled_call_impl = None
         self._compiled.clear()
@@ -172,12 +170,11 @@ class Handle:
             _check_back_end(family, transformer)
             ranks_of(transformer, family)
         for index, (transformer, family) in enumerate(parts):
-            registry = HookRegistry.check_if_exists_or_initialize(transformer)
-            hook = TransformerHook(self._announce(index), self._forget_text, self._forget_plans)
-            registry.register_hook(hook, _HOOK)
+            listener = Listener(self._announce(index), self._forget_text, self.new_video)
+            TransformerHook.put_on(transformer, listener)
             for layer, (_, module) in enumerate(family.modules(transformer)):
                 site_of(module).attending = Attending(self._attention, self._bypassed, layer)
-            _forget_children(registry)
+            _forget_children(transformer)
 
     def _announce(self, index: int) -> Any:
         """Make the callback that one transformer calls before it runs."""
@@ -365,7 +362,8 @@ def _check_version() -> None:
 
 
 def _check_free(transformer: torch.nn.Module) -> None:
-    if HookRegistry.check_if_exists_or_initialize(transformer).get_hook(_HOOK) is not None:
+    hook = TransformerHook.of(transformer)
+    if hook is not None and not hook.resting:
         raise ValueError(
             "adamac is enabled on this pipeline already; call disable() on the former handle first"
         )
@@ -383,8 +381,9 @@ def _check_back_end(family: Family, transformer: torch.nn.Module) -> None:
             )
 
 
-def _forget_children(registry: HookRegistry) -> None:
+def _forget_children(transformer: torch.nn.Module) -> None:
     """Tell diffusers (0.41 and newer) that hooks came or went below this module."""
+    registry = HookRegistry.check_if_exists_or_initialize(transformer)
     forget = getattr(registry, "invalidate_child_registries_cache", None)
     if forget is not None:
         forget()

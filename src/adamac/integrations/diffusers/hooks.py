@@ -4,51 +4,102 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.hooks import ModelHook
+from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.hooks import BaseState, StateManager
 
 from adamac.integrations.diffusers.clock import UNNAMED
+
+_HOOK = "adamac"
+
+
+@dataclass(frozen=True)
+class Listener:
+    """What a handle wants to know of a transformer.
+
+    Attributes:
+        on_call: Told the guidance branch and the arguments by name when a call begins.
+        on_return: Told when it has ended.
+        on_done: Told when a pipeline is done.
+    """
+
+    on_call: Callable[[str, dict[str, Any]], None]
+    on_return: Callable[[], None]
+    on_done: Callable[[], None]
 
 
 class TransformerHook(ModelHook):
     """Learns the branch from diffusers' cache context and announces each call of the transformer and its end.
 
-    It is stateful in diffusers' sense so that it is told the context, and that a pipeline is done.
+    It is stateful in diffusers' sense so that it is told the context, and that a pipeline is done. A hook that others were put
+    around cannot be removed without taking theirs along: it stays, :meth:`resting`, until it is wanted again.
     """
 
     _is_stateful = True
 
-    def __init__(
-        self,
-        on_call: Callable[[str, dict[str, Any]], None],
-        on_return: Callable[[], None],
-        on_done: Callable[[], None],
-    ) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self._contexts = StateManager(BaseState)  # ty: ignore[invalid-argument-type]: it wants the class
-        self._on_call = on_call
-        self._on_return = on_return
-        self._on_done = on_done
+        self._listener: Listener | None = None
+        self._installed: Any = None
 
+    @classmethod
+    def of(cls, transformer: torch.nn.Module) -> TransformerHook | None:
+        """The hook on a transformer, if it has one, resting or not."""
+        hook = HookRegistry.check_if_exists_or_initialize(transformer).get_hook(_HOOK)
+        assert hook is None or isinstance(hook, cls)
+        return hook
+
+    @classmethod
+    def put_on(cls, transformer: torch.nn.Module, listener: Listener) -> None:
+        """Tell a listener of the transformer's calls from now on."""
+        hook = cls.of(transformer)
+        if hook is None:
+            hook = cls()
+            HookRegistry.check_if_exists_or_initialize(transformer).register_hook(hook, _HOOK)
+            hook._installed = vars(transformer)["forward"]
+        hook._listener = listener
+
+    @classmethod
+    def take_off(cls, transformer: torch.nn.Module) -> None:
+        """Tell nobody any more."""
+        hook = cls.of(transformer)
+        if hook is None:
+            return
+        hook._listener = None
+        if vars(transformer).get("forward") is hook._installed:
+            HookRegistry.check_if_exists_or_initialize(transformer).remove_hook(_HOOK, recurse=False)
+
+    @property
+    def resting(self) -> bool:
+        """Whether nobody listens."""
+        return self._listener is None
+
+    # Where the whole transformer is compiled, the compiler would take what changes from call to call for constant.
+    @torch.compiler.disable
     def pre_forward(
         self, module: torch.nn.Module, *args: Any, **kwargs: Any
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Announce the call with its arguments by name; they pass through."""
-        self._on_call(self._branch(), arguments_by_name(module, args, kwargs))
+        if self._listener is not None:
+            self._listener.on_call(self._branch(), arguments_by_name(module, args, kwargs))
         return args, kwargs
 
+    @torch.compiler.disable
     def post_forward(self, module: torch.nn.Module, output: Any) -> Any:
         """Announce the end of the call; the output passes through."""
-        self._on_return()
+        if self._listener is not None:
+            self._listener.on_return()
         return output
 
     def reset_state(self, module: torch.nn.Module) -> torch.nn.Module:
         """Called by diffusers when a pipeline is done."""
         self._contexts.reset()
-        self._on_done()
+        if self._listener is not None:
+            self._listener.on_done()
         return module
 
     def _branch(self) -> str:

@@ -186,6 +186,7 @@ class _Lengths(ModelHook):
         self._exchange = exchange
         self._family = family
 
+    @torch.compiler.disable  # compiled code would set the number when it is done
     def pre_forward(
         self, module: torch.nn.Module, *args: Any, **kwargs: Any
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -6,7 +6,8 @@ diffusers does to processors goes on working.
 
 A module gets the seam by its class: it becomes an instance of a subclass that differs in ``forward``. A forward of its own,
 which is what diffusers' hooks give a module, would make ``torch.compile`` compile each layer anew, because it compares the
-objects. Only where such a hook is on the module already does the seam go around it, as one more hook.
+objects. Hooks that are on the module already hold on to the ``forward`` of its class, and are given the other: the seam is
+always innermost, so that a cache that skips attention skips the seam too.
 
 While ``torch.compile`` traces, the call becomes the operator ``adamac::site_attention``, which the compiler passes by. When
 it runs it looks up its module's site, and everything is as without compiling: schedule, plans of former steps, counting.
@@ -16,13 +17,13 @@ from __future__ import annotations
 
 import functools
 import itertools
+import types
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from adamac.integrations.diffusers.exchange import Exchange
 
 _SDPA = torch.nn.functional.scaled_dot_product_attention
-_HOOK = "adamac"
 _PAST_US = "the attention back end does not call scaled_dot_product_attention; set it to 'native'"
 
 # Sites by number, for compiled code. A number is a tensor: a plain one would be compiled in, and each layer compiled anew.
@@ -126,21 +126,18 @@ class Site:
 def site_of(module: torch.nn.Module) -> Site:
     """The site of a module, which gets the seam if it has none."""
     site = vars(module).get("adamac_site")
-    if site is not None:
-        return site
-    site = vars(module)["adamac_site"] = Site()
-    if "forward" in vars(module):  # another's hook wraps this module, which a change of class would go under
-        HookRegistry.check_if_exists_or_initialize(module).register_hook(_SiteHook(), _HOOK)
-    else:
-        module.__class__ = _with_seam(type(module))
+    if site is None:
+        site = vars(module)["adamac_site"] = Site()
+        base = type(module)
+        _change_class(module, base, _with_seam(base))
+        own = vars(module).get("forward")
+        if own is not None and not _captured(module, type(module).forward):
+            vars(module)["forward"] = _Around(module, own)
     return site
 
 
 def release(module: torch.nn.Module) -> None:
-    """Take the handle off a module, and the seam too if nothing else needs it.
-
-    A hook that was put on since then may still call the seam, and finds no site.
-    """
+    """Take the handle off a module, and the seam too if nothing else needs it."""
     site = vars(module).get("adamac_site")
     if site is None:
         return
@@ -148,10 +145,43 @@ def release(module: torch.nn.Module) -> None:
     if site.exchange is not None:
         return
     del vars(module)["adamac_site"]
-    registry = getattr(module, "_diffusers_hook", None)
-    if registry is not None:
-        registry.remove_hook(_HOOK, recurse=False)
-    module.__class__ = getattr(type(module), "adamac_base", type(module))
+    base = vars(type(module)).get("adamac_base")
+    if base is not None:  # else another changed the class since, and without a site that class is as ever
+        _change_class(module, type(module), base)
+    own = vars(module).get("forward")
+    if isinstance(own, _Around):  # else something was put around it, which goes on calling it
+        vars(module)["forward"] = own.inner
+
+
+def _change_class(module: torch.nn.Module, old: type[torch.nn.Module], new: type[torch.nn.Module]) -> None:
+    """Make the module an instance of another class, for hooks around it too, which hold on to its former ``forward``."""
+    for holder, name in _captured(module, old.forward):
+        setattr(holder, name, types.MethodType(new.forward, module))
+    module.__class__ = new
+
+
+def _captured(module: torch.nn.Module, forward: Callable[..., Any]) -> list[tuple[Any, str]]:
+    """Where a module's hooks, diffusers' or accelerate's, hold the ``forward`` of its class."""
+    registry = vars(module).get("_diffusers_hook")
+    holders = [module, *getattr(registry, "_fn_refs", ())]
+    names = ("forward", "original_forward", "_old_forward")
+    places = itertools.product(holders, names)
+    return [
+        (holder, name)
+        for holder, name in places
+        if getattr(vars(holder).get(name), "__func__", None) is forward
+    ]
+
+
+class _Around:
+    """The seam around a ``forward`` of the module's own, under which it cannot get."""
+
+    def __init__(self, module: torch.nn.Module, inner: Callable[..., Any]) -> None:
+        self._module = module
+        self.inner = inner
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return _run(self._module, self.inner, args, kwargs)
 
 
 @functools.cache
@@ -165,14 +195,6 @@ def _with_seam(base: type[torch.nn.Module]) -> type[torch.nn.Module]:
 
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     return type(base.__name__, (base,), names | {"forward": forward, "adamac_base": base})
-
-
-class _SiteHook(ModelHook):
-    """The seam as a hook, around the hooks that were there before."""
-
-    def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Run the module under the mode."""
-        return _run(module, self.fn_ref.original_forward, args, kwargs)  # ty: ignore[invalid-argument-type]
 
 
 def _run(
