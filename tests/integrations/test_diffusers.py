@@ -576,6 +576,31 @@ def test_a_mask_that_cannot_be_honoured_runs_dense_with_a_reason_or_raises():
             run()
 
 
+def test_where_gradients_are_wanted_attention_stays_dense_with_a_reason_or_raises():
+    transformer = wan_transformer()
+    projections = [transformer.blocks[0].attn1.to_q.weight, transformer.blocks[0].attn1.to_v.weight]
+    inputs: dict[str, Any] = dict(
+        hidden_states=torch.randn(1, 4, 3, 16, 20),
+        timestep=torch.tensor([500.0]),
+        encoder_hidden_states=torch.randn(1, 7, 16),
+    )
+
+    def gradients() -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(transformer(**inputs).sample.square().sum(), projections)
+
+    stock = gradients()
+    with enable(transformer, SMALL, ALWAYS, num_steps=1) as handle:
+        for gradient, expected in zip(gradients(), stock, strict=True):
+            assert error(gradient, expected) < 1e-5
+        (reason,) = handle.report().dense_calls
+        assert "gradients are wanted" in reason
+    with (
+        enable(transformer, SMALL, ALWAYS, num_steps=1, strict=True),
+        pytest.raises(ValueError, match="gradients are wanted"),
+    ):
+        gradients()
+
+
 def test_inspect_says_what_would_be_sparse_and_why_not():
     findings = {finding.module: finding for finding in inspect(hunyuan_pipe())}
     assert findings["transformer.transformer_blocks.0.attn"].sparse

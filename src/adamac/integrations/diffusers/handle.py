@@ -22,8 +22,10 @@ from adamac.integrations.diffusers.parallel import Ranks, ranks_of
 from adamac.integrations.diffusers.seam import Attending, release, site_of
 from adamac.ops import dense_attention
 from adamac.ops.cluster_attention import Impl, refused, resolve
+from adamac.ops.dense_attention.dispatch import wants_gradient
 
 _OLDEST_DIFFUSERS = (0, 36)
+_NO_GRADIENT = "gradients are wanted, which sparse attention does not give; use torch.no_grad()"
 
 
 def enable(
@@ -246,6 +248,10 @@ class Handle:
         if self._ranks is not None:  # the ranks have to agree, and one may have fewer heads than another
             heads = self._ranks.most_heads
         reason = reason or self.schedule.too_small(video_tokens, batch * heads, head_dim, query.device)
+        if reason is None and wants_gradient(query, key, value):
+            reason = f"unsupported: {_NO_GRADIENT}"
+            if self._strict:
+                raise ValueError(f"layer {layer}: {_NO_GRADIENT}")
         plan = self._plan(layer, layout, query, key) if reason is None else Plan.dense(layout, reason)
         if plan.is_dense:
             self._record(layer, plan.dense_reason, impl=_dense_impl(layout, query, key, value))
