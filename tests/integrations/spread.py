@@ -12,7 +12,7 @@ import tiny
 import torch
 import torch.distributed as dist
 from diffusers import ContextParallelConfig
-from diffusers.hooks import context_parallel
+from diffusers.hooks import FirstBlockCacheConfig, context_parallel
 from torch import Tensor
 
 from adamac.attention import AdaCluster, Dense, Schedule, Tokens
@@ -219,7 +219,12 @@ def others_refused() -> dict[str, str]:
         timestep=torch.tensor([500]),
         image_rotary_emb=None,
     )
+    cached, run_cached = make("wan")
+    parallelize(cached, ulysses())
+    cached.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
     return {
+        "a cache that decides by content, dense": refusal(lambda: run_cached(cached)),
+        "a cache that decides by content": refusal(lambda: enable(cached, METHOD, SCHEDULE)),
         "odd lengths under diffusers' config for even ones": refusal(lambda: run(odd, **ODD)),
         "diffusers' exchange for text and video": refusal(lambda: enable(foreign, METHOD, SCHEDULE)),
         "positions within the sequence": refusal(lambda: parallelize(replaced, ulysses())),

@@ -129,6 +129,8 @@ def test_ring_attention_is_refused_before_and_after_enabling(ranks):
         ("diffusers' exchange for text and video", "use adamac.integrations.diffusers.parallelize"),
         ("positions within the sequence", "image_condition_type 'token_replace'"),
         ("more ranks than heads", "2 ranks are more than the 1 heads"),
+        ("a cache that decides by content, dense", "FirstBlockCache would hang"),
+        ("a cache that decides by content", "FirstBlockCache would hang"),
         ("gradients", "use torch.no_grad()"),
     ],
 )

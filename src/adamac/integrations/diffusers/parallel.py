@@ -20,7 +20,7 @@ from typing import Any
 import diffusers
 import torch
 import torch.distributed as dist
-from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks import FirstBlockCacheConfig, HookRegistry, ModelHook
 from diffusers.models._modeling_parallel import ContextParallelConfig
 from torch.distributed import ProcessGroup
 
@@ -56,9 +56,8 @@ def parallelize(pipe: Any, config: ContextParallelConfig) -> None:
     """
     transformers: list[Any] = [*transformers_of(pipe)]
     families = [family_of(transformer) for transformer in transformers]
-    for transformer, family in zip(
-        transformers, families, strict=True
-    ):  # all are checked before the first is changed
+    # All are checked before the first is changed.
+    for transformer, family in zip(transformers, families, strict=True):
         _check(transformer, family, config)
     for transformer, family in zip(transformers, families, strict=True):
         plan = family.split or transformer._cp_plan
@@ -121,6 +120,7 @@ def ranks_of(transformer: Any, family: Family) -> Ranks | None:
     if config is None:
         return None
     _check_ulysses(config)
+    _check_cache(transformer)
     if family.text != "none" and not _has_exchange(transformer):
         raise ValueError(
             f"context parallelism of {family.name} was not set up by adamac, and diffusers' own would attend to wrong "
@@ -154,6 +154,14 @@ def _check_ulysses(config: ContextParallelConfig) -> None:
         raise ValueError(
             f"context parallelism by ring attention (ring_degree={config.ring_degree}) shows each rank a part of the keys "
             "at a time, among which no plan can be made; use ulysses_degree"
+        )
+
+
+def _check_cache(transformer: Any) -> None:
+    if isinstance(getattr(transformer, "_cache_config", None), FirstBlockCacheConfig):
+        raise ValueError(
+            "context parallelism with FirstBlockCache would hang: each rank decides by its own part of the sequence what to "
+            "skip, and one may wait for another that skips; call transformer.disable_cache()"
         )
 
 
@@ -191,6 +199,7 @@ class _Lengths(ModelHook):
         self, module: torch.nn.Module, *args: Any, **kwargs: Any
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Read the size of the latents; the arguments pass through."""
+        _check_cache(module)
         latents = arguments_by_name(module, args, kwargs)["hidden_states"]
         self._exchange.video_tokens = math.prod(self._family.grid(module, latents) or (0,))
         return args, kwargs
