@@ -167,6 +167,9 @@ def test_a_plan_for_other_tensors_is_refused(tensors):
     query, key, value = tensors
     with pytest.raises(ValueError, match=r"value has shape \(2, 2, 69, 64\) but query has \(2, 2, 70, 64\)"):
         attend(query, key, value[:, :, 1:], plan)
+    elsewhere = [tensor.to("meta") for tensor in tensors]
+    with pytest.raises(ValueError, match=r"plan is on .* but query is on meta; make the plan from the same"):
+        attend(*elsewhere, plan)
 
 
 @pytest.mark.parametrize("dense", [True, False])

@@ -45,6 +45,25 @@ def test_a_later_step_never_waits_for_the_device(tensors, layout, budget):
     assert output.isfinite().all()
 
 
+def test_a_step_without_room_says_so_and_the_next_one_with_room_gives_the_same_bits():
+    tensors = attention_like(1, 16, 8192, 64, dtype=torch.bfloat16, device="cuda")
+    former = METHOD(*tensors[:2]).kept()
+
+    def step():
+        return attend(*tensors, METHOD(*tensors[:2], previous=former))
+
+    expected = step()
+    torch.cuda.empty_cache()
+    held = torch.cuda.memory_reserved() / torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(held)
+    try:
+        with pytest.raises(torch.OutOfMemoryError, match="out of memory"):
+            step()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert torch.equal(step(), expected)
+
+
 def test_a_graph_of_a_step_replays_to_the_same_bits_on_other_tensors(tensors):
     query, key, value = (tensor.clone() for tensor in tensors)
     former = METHOD(query, key).kept()

@@ -73,6 +73,13 @@ GOOD = torch.zeros(2, 3, 10, 8)
             Layout(10, 0, 10, valid=torch.ones(2, 10)),
             "layout.valid must be bool, got torch.float32",
         ),
+        (
+            GOOD,
+            GOOD,
+            Layout(10, 0, 10, valid=torch.ones(2, 10, dtype=torch.bool, device="meta")),
+            "layout.valid is on meta but query is on cpu; move it",
+        ),
+        (GOOD, GOOD.to("meta"), None, "key is torch.float32 on meta but query is torch.float32 on cpu"),
     ],
 )
 def test_tensors_that_cannot_be_attended_are_refused_by_name(query, key, layout, message):

@@ -24,6 +24,7 @@ from tiny import (
 import adamac
 from adamac.attention import AdaCluster, BlockTopK, Dense, Layout, Plan, Schedule, Tokens
 from adamac.integrations.diffusers import UnsupportedModelError, enable, inspect
+from adamac.integrations.diffusers import handle as handle_module
 from adamac.integrations.diffusers.padding import TextLengths, common_length
 
 ALWAYS = Schedule(first=0, min_tokens=1)
@@ -117,6 +118,31 @@ def test_the_same_seed_gives_the_same_video_after_another_and_after_an_aborted_o
         assert torch.equal(run(pipe), first)
         with pytest.raises(KeyboardInterrupt):
             run(pipe, seed=2, callback_on_step_end=abort)
+        assert torch.equal(run(pipe), first)
+
+
+@pytest.mark.parametrize("stage", ["plan", "attend"])
+def test_a_video_after_one_that_ran_out_of_memory_is_the_same_as_ever(family, stage, monkeypatch):
+    pipe, run, calls = family
+    left = [calls + 1]  # in the second step, so that there is a state to be spoiled
+
+    def until_no_room(run):
+        def limited(*args, **options):
+            left[0] -= 1
+            if left[0] == 0:
+                raise torch.OutOfMemoryError("out of memory")
+            return run(*args, **options)
+
+        return limited
+
+    with enable(pipe, SMALL, ALWAYS) as handle:
+        first = run(pipe)
+        if stage == "plan":
+            handle.method = until_no_room(SMALL)
+        else:
+            monkeypatch.setattr(handle_module, "attend", until_no_room(handle_module.attend))
+        with pytest.raises(torch.OutOfMemoryError):
+            run(pipe, seed=2)
         assert torch.equal(run(pipe), first)
 
 

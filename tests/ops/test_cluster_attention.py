@@ -7,8 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adamac.ops.cluster_attention import cluster_attention, refused, resolve
+from adamac.ops import cluster_attention as op
+from adamac.ops import launch
+from adamac.ops.cluster_attention import cluster_attention, fitness, refused, resolve
 from adamac.ops.cluster_attention import gather as gather_module
+from adamac.ops.cluster_attention import triton as triton_module
 from adamac.ops.cluster_attention.triton import tiles
 from adamac.ops.segment import Segments
 from adamac.testing import assert_within_error_budget, attention_like, eager_cluster_attention
@@ -299,3 +302,225 @@ def test_the_hopper_kernel_is_found_fit_and_keeps_the_error_budget(head_dim, dty
         inputs = case(*shape, dtype=dtype, device=device)
         assert resolve("auto", inputs[0]) == "hopper"
         assert_right(inputs, "hopper", compensate=compensate)
+
+
+@pytest.fixture
+def fresh(monkeypatch):
+    """A process in which no kernel was checked, and in which "auto" takes the Triton kernel on any device."""
+    monkeypatch.setattr(fitness, "_verdicts", {})
+    monkeypatch.setattr(op, "interpreted", lambda: False)
+    monkeypatch.setattr(op, "KERNELS", ("triton",))
+    return monkeypatch
+
+
+def failing(error, times):
+    """Stands for the kernels: takes down that it was asked, and fails."""
+
+    def attend(query, *rest, **options):
+        times.append(query.shape)
+        raise error
+
+    return attend
+
+
+def test_a_kernel_that_fails_as_it_runs_gives_way_for_good_and_says_why(fresh, device):
+    inputs = case(1, 2, 60, 64, 3, 5, device=device)
+    options = {"compensate": True, "scale": 0.125}
+    assert resolve("auto", inputs[0]) == "triton"
+    asked = []
+    error = RuntimeError("while compiling\nout of resource: shared memory, Required: 300000")
+    fresh.setattr(triton_module, "triton_cluster_attention", failing(error, asked))
+    for _ in range(2):
+        output, _ = cluster_attention(*inputs, **options)
+        assert torch.equal(output, cluster_attention(*inputs, impl="gather", **options)[0])
+    assert len(asked) == 1
+    assert refused(inputs[0]) == {
+        "triton": "it failed as it ran: RuntimeError: out of resource: shared memory, Required: 300000"
+    }
+
+
+def test_a_named_kernel_that_fails_as_it_runs_says_so_in_one_line(fresh, device):
+    fresh.setattr(triton_module, "triton_cluster_attention", failing(RuntimeError("here\nno kernel"), []))
+    with pytest.raises(RuntimeError) as failure:
+        cluster_attention(
+            *case(1, 1, 20, 64, 2, 3, device=device), compensate=False, scale=1.0, impl="triton"
+        )
+    assert str(failure.value) == 'impl="triton" failed as it ran: RuntimeError: no kernel; use impl="auto"'
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("Triton Error [CUDA]: out of memory")],
+)
+def test_too_little_memory_is_told_and_says_nothing_about_a_kernel(error, fresh, device):
+    inputs = case(1, 2, 60, 64, 3, 5, device=device)
+    with fresh.context() as patch:
+        patch.setattr(triton_module, "triton_cluster_attention", failing(error, []))
+        with pytest.raises(type(error), match="out of memory"):
+            cluster_attention(*inputs, compensate=True, scale=0.125)
+    assert resolve("auto", inputs[0]) == "triton"
+    assert_right(inputs, "auto", compensate=True)
+
+
+def room_for(heads, monkeypatch):
+    """Let memory for a round be had for so many heads at most."""
+    new_empty = torch.Tensor.new_empty
+
+    def limited(tensor, *size, **options):
+        if len(size) == 3 and size[0] > heads:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate much\nand more")
+        return new_empty(tensor, *size, **options)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", limited)
+
+
+def test_where_there_is_no_room_for_all_heads_fewer_are_done_at_once_to_the_same_bits(device, monkeypatch):
+    inputs = case(1, 3, 40, 16, 3, 5, device=device)
+    options = {"compensate": True, "scale": 0.125, "impl": "triton"}
+    at_once = cluster_attention(*inputs, **options)
+    room_for(2, monkeypatch)
+    assert torch.equal(cluster_attention(*inputs, **options)[0], at_once[0])
+
+
+def test_where_there_is_no_room_for_one_head_one_line_says_what_is_needed_and_what_to_do(device, monkeypatch):
+    inputs = case(2, 3, 130, 64, 5, 9, device=device)
+    room_for(0, monkeypatch)
+    with pytest.raises(torch.OutOfMemoryError) as refusal:
+        cluster_attention(*inputs, compensate=True, scale=0.125, impl="triton")
+    assert "needs 0 MiB of its own to do one head of 130 tokens" in str(refusal.value)
+    assert "fewer query clusters or a smaller budget" in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("key", lambda key: key.half(), "key is torch.float16 on .* but query is torch.float32"),
+        ("value", lambda value: value.to("meta"), "value is torch.float32 on meta but query is"),
+        ("value", lambda value: value[:, :, 1:], r"value must have shape \(1, 2, 60, 64\)"),
+        ("key", lambda key: key[..., :32], r"key must have shape \(1, 2, 60, 64\).* got \(1, 2, 60, 32\)"),
+        (
+            "queries",
+            lambda queries: Segments(queries.labels[:, :, 1:], 3),
+            r"queries must have shape \(1, 2, 60\)",
+        ),
+        ("keys", lambda keys: Segments(keys.labels.to("meta"), 5), "keys is on meta, the rest is on"),
+        (
+            "keys",
+            lambda keys: Segments.listed(keys.order.to("meta"), keys.starts),
+            "keys is on meta, the rest is on",
+        ),
+        ("reads", lambda reads: reads[..., 1:], r"reads must have shape \(1, 2, 3, 5\) .* \(1, 2, 3, 4\)"),
+        (
+            "reads",
+            lambda reads: reads.to("meta"),
+            "reads is on meta, the rest is on .*; move all to one device",
+        ),
+    ],
+)
+def test_tensors_that_do_not_fit_each_other_are_refused_by_name(name, change, message, impl, device):
+    names = ("query", "key", "value", "queries", "keys", "reads")
+    inputs = dict(zip(names, case(1, 2, 60, 64, 3, 5, device=device), strict=True))
+    inputs[name] = change(inputs[name])
+    with pytest.raises(ValueError, match=message):
+        cluster_attention(*inputs.values(), compensate=True, scale=0.125, impl=impl)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "head_dim", "reason"),
+    [
+        ((8, 0), torch.bfloat16, 128, "compute capability 8.0, the kernel is for 9.0"),
+        ((12, 0), torch.bfloat16, 128, "compute capability 12.0, the kernel is for 9.0"),
+        ((9, 0), torch.float32, 128, "takes float16 and bfloat16, not torch.float32"),
+        ((9, 0), torch.bfloat16, 80, "takes head_dim 64 and 128, not 80"),
+        ((9, 0), torch.bfloat16, 64, "rows that begin at multiples of 16 bytes"),
+    ],
+)
+def test_the_hopper_kernel_is_refused_where_it_was_not_made_for(
+    capability, dtype, head_dim, reason, monkeypatch
+):
+    monkeypatch.setattr(fitness, "interpreted", lambda: False)
+    monkeypatch.setattr(fitness, "capability", lambda index: capability)
+    apart = head_dim + (1 if "rows" in reason else 8)
+    query = torch.zeros(1, 2, 30, apart, dtype=dtype)[..., :head_dim]
+    assert reason in str(fitness._unfit_for_hopper(query))
+
+
+@pytest.mark.parametrize(
+    ("device_type", "capability", "hip", "reason"),
+    [
+        ("cuda", (7, 5), None, "compute capability 7.5, the kernels need 8.0"),
+        ("cuda", (9, 4), "6.2", "the kernels are for NVIDIA GPUs"),
+        ("cpu", None, None, "on cpu, not on a GPU"),
+        ("cuda", (8, 6), None, None),
+    ],
+)
+def test_kernels_are_refused_on_devices_that_they_were_not_made_for(
+    device_type, capability, hip, reason, monkeypatch
+):
+    monkeypatch.setattr(launch, "interpreted", lambda: False)
+    monkeypatch.setattr(launch, "capability", lambda index: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    found = launch.triton_problem(torch.device(device_type, 0), torch.bfloat16)
+    assert found is None if reason is None else reason in str(found)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (ModuleNotFoundError("No module named 'triton'", name="triton"), "triton is not installed"),
+        (
+            OSError("libtriton.so: undefined symbol\nmore"),
+            "reinstall it: OSError: libtriton.so: undefined symbol",
+        ),
+    ],
+)
+def test_a_triton_that_is_missing_or_broken_is_a_reason_and_no_crash(error, reason, monkeypatch):
+    def load(name):
+        raise error
+
+    launch._triton_missing.cache_clear()
+    monkeypatch.setattr(launch.importlib, "import_module", load)
+    try:
+        assert launch._triton_missing().endswith(reason)
+    finally:
+        launch._triton_missing.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("flaw", "verdict"),
+    [
+        ("nan", "it disagrees with the reference"),
+        ("everything is read", "it disagrees with the reference"),
+        ("lse", "it disagrees with the reference: the log-sum-exp is off"),
+        ("does not compile", "it does not run with the installed Triton: ValueError: unknown layout"),
+        ("no room", "out of memory when it was to be checked"),
+        (None, None),
+    ],
+)
+def test_a_kernel_is_checked_before_its_first_use_and_refused_if_it_errs(flaw, verdict, monkeypatch):
+    from adamac.ops.cluster_attention.reference import reference
+
+    def kernel(query, key, value, queries, keys, reads, *, most, impl, **options):
+        if flaw == "does not compile":
+            raise ValueError("at 12:3:\nunknown layout")
+        if flaw == "no room":
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        if flaw == "everything is read":
+            reads = keys.counts.unsqueeze(-2).expand_as(reads)
+        output, lse = reference(query, key, value, queries, keys, reads, **options)
+        if flaw == "nan":
+            output[0, -1, -1, -1] = torch.nan
+        return output, lse + (flaw == "lse")
+
+    monkeypatch.setattr(fitness, "_verdicts", {})
+    monkeypatch.setattr(fitness, "interpreted", lambda: False)
+    monkeypatch.setattr(fitness, "triton_problem", lambda device, dtype: None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(triton_module, "triton_cluster_attention", kernel)
+    query = torch.zeros(1, 1, 4, 8)
+    found = fitness.problem("triton", query)
+    assert found is None if verdict is None else found.startswith(verdict)
+    # Another time there may be room; all else is found out once.
+    assert len(fitness._verdicts) == (flaw != "no room")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
+
 import pytest
 import torch
 
@@ -183,7 +186,7 @@ def test_of_two_that_are_alike_the_first_is_chosen(device):
 
 
 @pytest.mark.parametrize(
-    "flaw", ["scale", "last tile", "last head", "second sample", "nan", "dtype", "shape"]
+    "flaw", ["scale", "last tile", "last head", "second sample", "nan", "dtype", "shape", "device", "nothing"]
 )
 def test_a_candidate_with_a_flaw_is_refused(flaw, device):
     def run(query, key, value, scale):
@@ -200,6 +203,10 @@ def test_a_candidate_with_a_flaw_is_refused(flaw, device):
             output[0, -1, 0, 0] = torch.nan
         if flaw == "dtype":
             output = output.double()
+        if flaw == "device":
+            output = output.to("meta")
+        if flaw == "nothing":
+            return None
         return output[:, :, 1:] if flaw == "shape" else output
 
     shapes = [Shape(2, 3, 333, 1000)]
@@ -400,6 +407,87 @@ def test_a_named_implementation_that_disagrees_is_refused_whenever_it_is_named(f
         with pytest.raises(ValueError, match="impl='flash4' is refused: it disagrees with the reference"):
             dense_attention(*tensors(device, torch.bfloat16), scale=SCALE, impl="flash4")
     assert len(ran) == 1
+
+
+@pytest.mark.parametrize(
+    ("returned", "reason"),
+    [
+        (lambda output: None, "AttributeError: 'NoneType' object has no attribute 'transpose'"),
+        (lambda output: (output.to(torch.float32), None), r"it returned \(.*\) torch.float32 for"),
+        (lambda output: (output * torch.nan, None), "it disagrees with the reference"),
+        (lambda output: output[:, :1].expand_as(output), "it disagrees with the reference"),
+        (lambda output: output, None),
+        (lambda output: (output, None), None),
+    ],
+)
+def test_a_flash4_that_returns_something_else_is_refused(returned, reason, monkeypatch):
+    def attend(query, key, value, softmax_scale):
+        parts = (part.transpose(1, 2) for part in (query, key, value))
+        return returned(native(*parts, softmax_scale).transpose(1, 2))
+
+    monkeypatch.setattr(flash4, "_load", lambda: (attend, None))
+    monkeypatch.setattr(flash4.torch.cuda, "device", lambda device: contextlib.nullcontext())
+    found = check(offered("flash4", flash4.FLASH4.run), torch.device("cpu"), torch.bfloat16, 64, [SMALL])
+    assert found is None if reason is None else re.search(reason, found)
+
+
+@pytest.fixture
+def three_timed(fresh):
+    """On any device: flash4 was found fastest, then cudnn, then native; what cudnn computes is native's."""
+    measured = Choice("flash4", {"flash4": 1.0, "cudnn": 2.0, "native": 3.0}, {"efficient": "unfit"})
+    fresh.setattr(dispatch, "choose", choosing([], measured))
+    fresh.setattr(
+        dispatch, "_fastest", lambda query, key, value: dispatch._choice(dispatch._place(query)).impl
+    )
+    fresh.setitem(dispatch.CANDIDATES, "cudnn", offered("cudnn"))
+    return fresh
+
+
+def test_a_kernel_that_fails_as_it_runs_gives_way_to_the_next_fastest_for_good(three_timed, device):
+    ran = []
+
+    def failing(query, key, value, scale):
+        ran.append(query.shape)
+        raise RuntimeError("cannot take this stride\nat line 3")
+
+    three_timed.setitem(dispatch.CANDIDATES, "flash4", offered("flash4", failing))
+    given = tensors(device, torch.bfloat16)
+    for _ in range(2):
+        assert torch.equal(dispatch.run(*given, SCALE, "auto"), native(*given, SCALE))
+    assert len(ran) == 1
+    (choice,) = choices().values()
+    assert choice.impl == "cudnn"
+    assert choice.time_ms == {"cudnn": 2.0, "native": 3.0}
+    assert choice.refused == {
+        "efficient": "unfit",
+        "flash4": "it failed as it ran: RuntimeError: cannot take this stride",
+    }
+    with pytest.raises(ValueError, match="impl='flash4' is refused: it failed as it ran"):
+        resolve(*given, "flash4")
+
+
+def test_too_little_memory_as_it_runs_is_told_and_dismisses_nobody(three_timed, device):
+    def no_room(query, key, value, scale):
+        raise torch.OutOfMemoryError("tried to allocate much")
+
+    three_timed.setitem(dispatch.CANDIDATES, "flash4", offered("flash4", no_room))
+    with pytest.raises(torch.OutOfMemoryError):
+        dispatch.run(*tensors(device, torch.bfloat16), SCALE, "auto")
+    assert next(iter(choices().values())).impl == "flash4"
+
+
+def test_a_named_implementation_that_fails_as_it_runs_says_so_in_one_line(fresh, device):
+    def failing(query, key, value, scale):
+        raise RuntimeError("no plan\nand more")
+
+    fresh.setitem(dispatch.CANDIDATES, "cudnn", offered("cudnn", failing))
+    fresh.setattr(dispatch, "_verdict", lambda impl, query: None)
+    with pytest.raises(RuntimeError) as failure:
+        dense_attention(*tensors(device), scale=SCALE, impl="cudnn")
+    assert (
+        str(failure.value)
+        == "dense attention impl='cudnn' failed as it ran: RuntimeError: no plan; use impl='auto'"
+    )
 
 
 def test_a_named_implementation_that_was_never_checked_is_refused_in_a_capture(fresh, device):

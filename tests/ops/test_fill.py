@@ -62,3 +62,15 @@ def test_both_implementations_agree_on_many_items(device):
     limit = weight.sum(-1, keepdim=True) // 7
     plain, kernel = (fill(score, weight, limit, impl=impl) for impl in IMPLS)
     assert torch.equal(plain, kernel.long())
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_weights_and_limits_that_do_not_fit_the_scores_are_refused(impl, device):
+    score = torch.zeros(1, 2, 3, 5, device=device)
+    weight, limit = score.long(), torch.ones(1, 2, 1, 1, dtype=torch.long, device=device)
+    with pytest.raises(ValueError, match=r"weight must have shape \(1, 2, 3, 5\).* got \(1, 2, 2, 5\)"):
+        fill(score, weight[:, :, 1:], limit, impl=impl)
+    with pytest.raises(ValueError, match=r"limit must have shape \(1, 2, 1, 1\)"):
+        fill(score, weight, limit[:, :1], impl=impl)
+    with pytest.raises(ValueError, match="weight is on meta, the rest is on"):
+        fill(score, weight.to("meta"), limit, impl=impl)

@@ -167,3 +167,14 @@ def test_the_kernels_run_the_same_iterations(metric, device):
     )
     assert torch.equal(plain.members.labels, kernel.members.labels.long())
     torch.testing.assert_close(plain.centroids, kernel.centroids)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_centroids_that_do_not_fit_the_points_are_refused(points, impl):
+    centroids = spread_tokens(points, 5, seed=0)
+    with pytest.raises(ValueError, match=r"centroids must have shape \(2, 3, 5, 16\).* got \(2, 3, 5, 8\)"):
+        nearest(points, centroids[..., :8], impl=impl)
+    with pytest.raises(ValueError, match=r"centroids must have shape \(2, 3, 5, 16\).* got \(1, 3, 5, 16\)"):
+        nearest(points, centroids[:1], impl=impl)
+    with pytest.raises(ValueError, match=r"centroids is on meta, the rest is on .*; move all to one device"):
+        kmeans(points, centroids.to("meta"), iterations=1, impl=impl)

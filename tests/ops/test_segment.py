@@ -127,3 +127,14 @@ def test_padding_belongs_to_no_segment(device):
     labels = torch.full((1, 1, 3), -1, device=device)
     assert torch.equal(segment_sum(values, Segments(labels, 2)), torch.zeros(1, 1, 2, 2, device=device))
     assert torch.equal(Segments(labels, 2).counts, torch.zeros(1, 1, 2, dtype=torch.long, device=device))
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("reduce", [segment_sum, segment_mean, segment_min_max])
+def test_segments_of_other_tokens_are_refused(reduce, impl, device):
+    labels = torch.zeros(1, 2, 30, dtype=torch.long, device=device)
+    values = torch.zeros(1, 2, 31, 8, device=device)
+    with pytest.raises(ValueError, match=r"segments must have shape \(1, 2, 31\).* got \(1, 2, 30\)"):
+        reduce(values, Segments(labels, 3), impl=impl)
+    with pytest.raises(ValueError, match="segments is on meta, the rest is on"):
+        reduce(values[:, :, 1:], Segments(labels.to("meta"), 3), impl=impl)

@@ -84,6 +84,10 @@ def attend(
             f"plan is for batch and heads {tuple(reads.shape[:2])} but query has {tuple(query.shape[:2])}; "
             "make the plan from the same tensors"
         )
+    if reads.device != query.device:
+        raise ValueError(
+            f"plan is on {reads.device} but query is on {query.device}; make the plan from the same tensors"
+        )
     queries, keys, reads = with_text(plan)
     most = None if plan.most is None else plan.most + plan.layout.text_tokens
     options = {"compensate": plan.compensate, "scale": scale, "most": most, "impl": impl}

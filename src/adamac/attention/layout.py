@@ -134,3 +134,5 @@ def check_attention_inputs(query: Tensor, key: Tensor, layout: Layout, value: Te
         )
     if layout.valid is not None and layout.valid.dtype != torch.bool:
         raise ValueError(f"layout.valid must be bool, got {layout.valid.dtype}")
+    if layout.valid is not None and layout.valid.device != query.device:
+        raise ValueError(f"layout.valid is on {layout.valid.device} but query is on {query.device}; move it")

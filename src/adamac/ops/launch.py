@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
+import importlib
 import os
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -36,14 +36,15 @@ def chosen(impl: Impl, tensor: Tensor) -> str:
 
 def triton_problem(device: torch.device, dtype: torch.dtype) -> str | None:
     """Say why Triton kernels cannot run on a device, or ``None`` if they can."""
-    if not _has_triton():
-        return "the package triton is not installed"
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"the kernels take float16, bfloat16 and float32, not {dtype}"
-    if interpreted():
-        return None
-    if device.type != "cuda":
+    if not interpreted() and device.type != "cuda":
         return f"the tensors are on {device.type}, not on a GPU"
+    missing = _triton_missing()
+    if missing is not None or interpreted():
+        return missing
+    if torch.version.hip is not None:
+        return "the kernels are for NVIDIA GPUs"
     found = capability(device.index if device.index is not None else torch.cuda.current_device())
     if found < _OLDEST:
         return f"the GPU has compute capability {found[0]}.{found[1]}, the kernels need 8.0 (Ampere)"
@@ -95,9 +96,24 @@ def power_of_two(number: int) -> int:
     return 1 << max(0, number - 1).bit_length()
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that the device has no room, which says nothing about who met it; Triton's is a RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
+
+
 @functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _triton_missing() -> str | None:
+    """Import Triton once; say why it cannot be used, or ``None``."""
+    try:
+        importlib.import_module("triton")
+    except ModuleNotFoundError as error:
+        if error.name == "triton":
+            return "the package triton is not installed"
+        return f"the package triton cannot be imported, reinstall it: {error}"
+    except Exception as error:  # a library of it that does not fit the machine raises anything
+        lines = str(error).splitlines() or [""]
+        return f"the package triton cannot be imported, reinstall it: {type(error).__name__}: {lines[0]}"
+    return None
 
 
 @functools.cache

@@ -17,8 +17,9 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from adamac.ops.cluster_attention.fitness import KERNELS, problem
-from adamac.ops.launch import interpreted
+from adamac.ops.cluster_attention.fitness import KERNELS, dismiss, in_one_line, problem
+from adamac.ops.inputs import check_attention, check_shape
+from adamac.ops.launch import interpreted, is_out_of_memory
 from adamac.ops.segment import Segments
 
 Impl = Literal["auto", "reference", "gather", "triton", "hopper"]
@@ -86,7 +87,14 @@ def cluster_attention(
     Returns:
         Output ``[batch, heads, q_tokens, head_dim]`` in the query's dtype, and the log-sum-exp of each row's logits
         ``[batch, heads, q_tokens]`` in float32 (float64 for float64). A row that reads nothing gets zeros and -inf.
+
+    Raises:
+        ValueError: If the tensors do not fit each other, or the implementation named is unknown or cannot run here.
+        RuntimeError: If the kernel named fails as it runs; with ``"auto"`` the next takes its place, for good, and
+            :func:`refused` says why.
+        torch.OutOfMemoryError: If the GPU has no room for one head.
     """
+    _check(query, key, value, queries, keys, reads)
     resolved = resolve(impl, query)
     options = {"compensate": compensate, "scale": scale}
     if resolved == "reference":
@@ -99,6 +107,25 @@ def cluster_attention(
         return gather(query, key, value, queries, keys, reads, **options)
     from adamac.ops.cluster_attention.triton import triton_cluster_attention
 
-    return triton_cluster_attention(
-        query, key, value, queries, keys, reads, most=most, impl=resolved, **options
-    )
+    try:
+        return triton_cluster_attention(
+            query, key, value, queries, keys, reads, most=most, impl=resolved, **options
+        )
+    except Exception as error:  # whatever a compiler or driver raises at what it was not tried at
+        if is_out_of_memory(error):
+            raise
+        if impl != "auto":
+            raise RuntimeError(
+                f'impl="{impl}" failed as it ran: {in_one_line(error)}; use impl="auto"'
+            ) from error
+        dismiss(resolved, query, error)
+    return cluster_attention(query, key, value, queries, keys, reads, most=most, impl=impl, **options)
+
+
+def _check(
+    query: Tensor, key: Tensor, value: Tensor, queries: Segments, keys: Segments, reads: Tensor
+) -> None:
+    check_attention(query, key, value)
+    check_shape("queries", queries, tuple(query.shape[:3]), like=query)
+    check_shape("keys", keys, tuple(key.shape[:3]), like=query)
+    check_shape("reads", reads, (*query.shape[:2], queries.number, keys.number), like=query)

@@ -2,7 +2,7 @@
 
 A kernel is tried once for each device, dtype and head dimension, on a small case with every feature, and held to the
 reference by the rule of :mod:`adamac.ops.error_budget`. One that does not compile or errs too much is not used, and the
-reason can be read back. Gluon above all, which the Hopper kernel is written in, is young and changes between releases.
+reason can be read back. The same becomes of one that fails later, as it runs. Gluon above all, which the Hopper kernel is written in, is young and changes between releases.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from adamac.ops.error_budget import over_budget
-from adamac.ops.launch import capability, interpreted, triton_problem
+from adamac.ops.launch import capability, interpreted, is_out_of_memory, triton_problem
 from adamac.ops.segment import Segments
 
 KERNELS = ("hopper", "triton")
@@ -34,17 +34,34 @@ def problem(impl: str, query: Tensor) -> str | None:
     found = triton_problem(query.device, query.dtype)
     if found is None and impl == "hopper":
         found = _unfit_for_hopper(query)
-    if found is not None or interpreted():
+    place = _place(impl, query)
+    if found is not None or (interpreted() and place not in _verdicts):
         return found
-    place = (impl, query.device.index or 0, query.dtype, query.shape[-1])
     if place not in _verdicts:
         if torch.cuda.is_current_stream_capturing():
             return "it has not been checked before the CUDA graph was captured"
         try:
             _verdicts[place] = _check(impl, query)
-        except torch.OutOfMemoryError:
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
             return "out of memory when it was to be checked"  # not kept: another time there may be room
     return _verdicts[place]
+
+
+def dismiss(impl: str, query: Tensor, error: Exception) -> None:
+    """Take down that a kernel failed as it ran although it had been found fit; it is not used again for such queries."""
+    _verdicts[_place(impl, query)] = f"it failed as it ran: {in_one_line(error)}"
+
+
+def in_one_line(error: Exception) -> str:
+    """Name an error in one line of some 200 characters; what a compiler means stands in its last."""
+    last = (str(error).strip().splitlines() or [""])[-1][:200]
+    return f"{type(error).__name__}: {last}"
+
+
+def _place(impl: str, query: Tensor) -> tuple[str, int, torch.dtype, int]:
+    return impl, query.device.index or 0, query.dtype, query.shape[-1]
 
 
 def _unfit_for_hopper(query: Tensor) -> str | None:
@@ -88,11 +105,10 @@ def _check(impl: str, query: Tensor) -> str | None:
         options = {"compensate": compensate, "scale": 2 * head_dim**-0.5}
         try:
             output, lse = triton_cluster_attention(*inputs, reads, most=None, impl=impl, **options)
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:  # whatever a compiler may raise: there is another implementation
-            last = (str(error).strip().splitlines() or [""])[-1][:200]
-            return f"it does not run with the installed Triton: {type(error).__name__}: {last}"
+            if is_out_of_memory(error):
+                raise
+            return f"it does not run with the installed Triton: {in_one_line(error)}"
         oracle, oracle_lse = reference(*wide, *inputs[3:], reads, **options)
         rounded, _ = reference(*inputs, reads, **options)
         wrong = over_budget(output, oracle, rounded)

@@ -7,6 +7,7 @@ The whole is one operator of torch's library (``adamac::cluster_attention``) wit
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -95,13 +96,10 @@ def _attend(
     tables = tiles(q_starts, q_tokens, 128 if impl == "hopper" else launch.rows)
     output = torch.empty_like(query)
     lse = torch.empty(batch, heads, q_tokens, dtype=torch.float32, device=query.device)
-    rows, capacity = k_tokens + _whole(k_clusters), _whole(most)
     means = _whole(k_clusters) if compensate else 0
-    a_head = 4 * q_clusters * (capacity + means) + 2 * rows * dim * key.element_size()
-    at_once = max(1, min(batch * heads, _WORKSPACE_BYTES // a_head))
-    packed = [torch.empty(at_once, rows, dim, dtype=part.dtype, device=part.device) for part in (key, value)]
-    listed = torch.empty(at_once, q_clusters, capacity, dtype=torch.int32, device=query.device)
-    skipped = torch.empty(at_once, q_clusters, means, dtype=torch.float32, device=query.device)
+    room = _Room.of(key, batch * heads, q_clusters, _whole(k_clusters), means, _whole(most))
+    packed, listed, skipped = (room.keys, room.values), room.listed, room.skipped
+    at_once, rows, capacity = len(listed), room.keys.shape[1], listed.shape[-1]
     counted = torch.arange(_whole(k_tokens), dtype=torch.int32, device=query.device)
     for head_from in range(0, batch * heads, at_once):
         count = min(at_once, batch * heads - head_from)
@@ -157,6 +155,52 @@ def _attend(
             num_stages=launch.stages,
         )
     return output, lse
+
+
+@dataclass(frozen=True)
+class _Room:
+    """Memory for one round of heads.
+
+    Attributes:
+        keys: ``[heads of a round, rows, head_dim]``, packed, with means behind them.
+        values: Like ``keys``.
+        listed: ``[heads of a round, q_clusters, capacity]`` int32.
+        skipped: ``[heads of a round, q_clusters, means]`` float32.
+    """
+
+    keys: Tensor
+    values: Tensor
+    listed: Tensor
+    skipped: Tensor
+
+    @classmethod
+    def of(
+        cls, key: Tensor, heads: int, q_clusters: int, k_clusters: int, means: int, capacity: int
+    ) -> _Room:
+        """Take memory for as many heads as may be done at once, or for as many as there is room for.
+
+        Raises:
+            torch.OutOfMemoryError: If there is no room for one head.
+        """
+        rows, dim = key.shape[2] + k_clusters, key.shape[3]
+        a_head = 4 * q_clusters * (capacity + means) + 2 * rows * dim * key.element_size()
+        at_once = max(1, min(heads, _WORKSPACE_BYTES // a_head))
+        while True:
+            try:
+                return cls(
+                    key.new_empty(at_once, rows, dim),
+                    key.new_empty(at_once, rows, dim),
+                    key.new_empty(at_once, q_clusters, capacity, dtype=torch.int32),
+                    key.new_empty(at_once, q_clusters, means, dtype=torch.float32),
+                )
+            except torch.OutOfMemoryError as error:
+                if at_once == 1:
+                    raise torch.OutOfMemoryError(
+                        f"out of memory: sparse attention needs {a_head / 2**20:.0f} MiB of its own to do one head of "
+                        f"{key.shape[2]} tokens, and {key.device} has no such room; offload weights, or take fewer "
+                        "query clusters or a smaller budget"
+                    ) from error
+            at_once = (at_once + 1) // 2
 
 
 def _pack(source: Tensor, target: Tensor, order: Tensor, starts: Tensor, head_from: int, count: int) -> None:

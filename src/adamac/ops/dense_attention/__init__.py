@@ -21,6 +21,7 @@ from adamac.ops.dense_attention.compiled import opaque_dense_attention
 from adamac.ops.dense_attention.dispatch import Place, choices, resolve, run, wants_gradient
 from adamac.ops.dense_attention.probe import Choice
 from adamac.ops.dense_attention.torch_kernels import native
+from adamac.ops.inputs import check_attention
 
 __all__ = ["Choice", "Impl", "Place", "choices", "dense_attention", "resolve"]
 
@@ -49,9 +50,10 @@ def dense_attention(
     Raises:
         ValueError: If the tensors do not fit each other, or the implementation named is unknown, unfit for them, or
             disagrees with the reference at first use.
-        RuntimeError: If not one implementation agrees with the reference.
+        RuntimeError: If not one implementation agrees with the reference, or the one named fails as it runs; with
+            ``"auto"`` the next fastest takes its place, for good, and :func:`choices` says why.
     """
-    _check(query, key, value)
+    check_attention(query, key, value)
     on_gpu = query.device.type == "cuda"
     if impl == "native" or (impl == "auto" and not on_gpu):
         return native(query, key, value, scale)
@@ -60,23 +62,3 @@ def dense_attention(
             return native(query, key, value, scale)
         return opaque_dense_attention(query, key, value, scale, impl)
     return run(query, key, value, scale, impl)
-
-
-def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
-    if query.ndim != 4 or key.ndim != 4:
-        raise ValueError(
-            "query and key must be [batch, heads, tokens, head_dim], got shapes "
-            f"{tuple(query.shape)} and {tuple(key.shape)}"
-        )
-    expected = (*query.shape[:2], key.shape[2], query.shape[3])
-    for name, tensor in (("key", key), ("value", value)):
-        if tensor.shape != expected:
-            raise ValueError(
-                f"{name} must have shape {expected} to fit the query, got {tuple(tensor.shape)} (repeat grouped heads "
-                "first)"
-            )
-        if tensor.dtype != query.dtype or tensor.device != query.device:
-            raise ValueError(
-                f"{name} is {tensor.dtype} on {tensor.device} but query is {query.dtype} on {query.device}; move them "
-                "to one dtype and device"
-            )

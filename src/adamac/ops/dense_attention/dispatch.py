@@ -9,10 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adamac.ops.dense_attention.candidate import Candidate
+from adamac.ops.dense_attention.candidate import Candidate, first_line
 from adamac.ops.dense_attention.flash4 import FLASH4
 from adamac.ops.dense_attention.probe import Choice, check, choose
 from adamac.ops.dense_attention.torch_kernels import KERNELS
+from adamac.ops.launch import is_out_of_memory
 
 CANDIDATES: dict[str, Candidate] = {candidate.name: candidate for candidate in (*KERNELS, FLASH4)}
 
@@ -66,8 +67,19 @@ def resolve(query: Tensor, key: Tensor, value: Tensor, impl: str = "auto") -> st
 
 
 def run(query: Tensor, key: Tensor, value: Tensor, scale: float, impl: str) -> Tensor:
-    """Attend with the implementation that :func:`resolve` names."""
-    return CANDIDATES[resolve(query, key, value, impl)].run(query, key, value, scale)
+    """Attend with the implementation that :func:`resolve` names, or with the next fastest if it fails as it runs."""
+    name = resolve(query, key, value, impl)
+    try:
+        return CANDIDATES[name].run(query, key, value, scale)
+    except Exception as error:  # whatever a package raises at a shape or stride that it was not tried at
+        if name == "native" or is_out_of_memory(error):
+            raise
+        if impl != "auto":
+            raise RuntimeError(
+                f"dense attention impl={impl!r} failed as it ran: {first_line(error)}; use impl='auto'"
+            ) from error
+        _dismiss(name, _place(query), f"it failed as it ran: {first_line(error)}")
+    return run(query, key, value, scale, impl)
 
 
 def wants_gradient(*tensors: Tensor) -> bool:
@@ -82,6 +94,17 @@ def _fastest(query: Tensor, key: Tensor, value: Tensor) -> str:
     name = _choice(_place(query)).impl
     # What is fastest need not be fit for every shape and stride; torch's own choice always is.
     return name if CANDIDATES[name].unfit(query, key, value) is None else "native"
+
+
+def _dismiss(name: str, place: Place, reason: str) -> None:
+    """Choose anew among those that were timed, without one of them."""
+    with _finding:
+        choice = _choices[place]
+        time_ms = {other: taken for other, taken in choice.time_ms.items() if other != name}
+        fastest = min(time_ms, key=lambda other: time_ms[other], default="native")
+        refused = choice.refused | {name: reason}
+        _choices[place] = replace(choice, impl=fastest, time_ms=time_ms, refused=refused)
+        _verdicts[name, place] = reason
 
 
 def _choice(place: Place) -> Choice:
@@ -107,7 +130,9 @@ def _find(place: Place, note: str | None) -> Choice:
         device = torch.device("cuda", place.device_index)
         try:
             found = choose(list(CANDIDATES.values()), device, place.dtype, place.head_dim)
-        except torch.OutOfMemoryError:
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
             return Choice("native", note="not measured: out of memory when it was first needed")
         for name in CANDIDATES:
             _verdicts[name, place] = found.refused.get(name)

@@ -19,6 +19,7 @@ from torch import Tensor
 from adamac.ops.dense_attention.candidate import Candidate, first_line
 from adamac.ops.dense_attention.reference import reference
 from adamac.ops.error_budget import over_budget
+from adamac.ops.launch import is_out_of_memory
 
 # Times runs by name, in milliseconds.
 Stopwatch = Callable[[Mapping[str, Callable[[], object]], torch.device], dict[str, float]]
@@ -114,12 +115,16 @@ def check(
             return reason
         try:
             output = candidate.run(query, key, value, scale)
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:  # whatever a package raises, it is out
+            if is_out_of_memory(error):
+                raise
             return f"it raised {first_line(error)}"
+        if not isinstance(output, Tensor):
+            return f"it returned no tensor but {type(output).__name__}"
         if output.shape != query.shape or output.dtype != dtype:
             return f"it returned {tuple(output.shape)} {output.dtype} for {tuple(query.shape)} {dtype}"
+        if output.device != query.device:
+            return f"it returned a tensor on {output.device} for one on {query.device}"
         # The last heads and every so many rows: a sample that any error of indices shows in.
         rows = slice(None, None, -(-shape.batch * shape.q_tokens // _CHECKED_ROWS))
         parts = [query[:, -2:, rows], key[:, -2:], value[:, -2:]]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from adamac.ops.inputs import check_shape
 from adamac.ops.launch import Impl, chosen
 
 
@@ -28,6 +29,9 @@ def fill(score: Tensor, weight: Tensor, limit: Tensor, *, impl: Impl = "auto") -
         ``[batch, heads, rows, items]`` in the dtype of ``weight`` (int32 from the kernel for integers): how much of each
         item's weight is taken, from none to all.
     """
+    batch, heads, rows, items = score.shape
+    check_shape("weight", weight, (batch, heads, rows if weight.shape[2] > 1 else 1, items), like=score)
+    check_shape("limit", limit, (batch, heads, 1, 1), like=score)
     if score.dtype == torch.float32 and chosen(impl, score) == "triton":
         from adamac.ops.fill import triton as kernels
 

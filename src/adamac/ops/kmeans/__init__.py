@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from adamac.ops.inputs import check_shape
 from adamac.ops.launch import Impl, chosen
 from adamac.ops.precision import accurate
 from adamac.ops.segment import Segments, segment_sum
@@ -55,7 +56,12 @@ def nearest(
 
     Returns:
         ``[batch, heads, tokens]`` int64, or int32 from the kernel.
+
+    Raises:
+        ValueError: If points and centroids do not fit each other, or Triton is asked for where it cannot run.
     """
+    expected = (*points.shape[:2], centroids.shape[-2], points.shape[-1])
+    check_shape("centroids", centroids, expected, like=points)
     if chosen(impl, points) == "triton":
         from adamac.ops.kmeans import triton as kernels
 

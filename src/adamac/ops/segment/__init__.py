@@ -14,6 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from adamac.ops.inputs import check_shape
 from adamac.ops.launch import Impl, chosen
 
 
@@ -35,6 +36,20 @@ class Segments:
         segments = cls.__new__(cls)
         segments.number, segments.order, segments.starts = starts.shape[-1] - 1, order, starts
         return segments
+
+    @property
+    def shape(self) -> torch.Size:
+        """``(batch, heads, tokens)``."""
+        return self._held.shape
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self._held.device
+
+    @property
+    def _held(self) -> Tensor:
+        return self.labels if "labels" in self.__dict__ else self.order
 
     @cached_property
     def labels(self) -> Tensor:
@@ -104,6 +119,7 @@ def segment_sum(
     Returns:
         ``[batch, heads, number, dim]``; zeros for an empty segment.
     """
+    check_shape("segments", segments, tuple(values.shape[:3]), like=values)
     if chosen(impl, values) == "triton":
         from adamac.ops.segment import triton as kernels
 
@@ -115,6 +131,7 @@ def segment_sum(
 
 def segment_mean(values: Tensor, segments: Segments, *, impl: Impl = "auto") -> Tensor:
     """Average the rows of each segment; see :func:`segment_sum`. An empty segment gives zeros."""
+    check_shape("segments", segments, tuple(values.shape[:3]), like=values)
     if chosen(impl, values) == "triton":
         from adamac.ops.segment import triton as kernels
 
@@ -138,6 +155,7 @@ def segment_variance(values: Tensor, segments: Segments, means: Tensor, *, impl:
     Returns:
         ``[batch, heads, number, dim]`` float32 (float64 stays); zeros for an empty segment.
     """
+    check_shape("segments", segments, tuple(values.shape[:3]), like=values)
     if chosen(impl, values) == "triton":
         from adamac.ops.segment import triton as kernels
 
@@ -159,6 +177,7 @@ def segment_min_max(values: Tensor, segments: Segments, *, impl: Impl = "auto") 
         Minimum and maximum, each ``[batch, heads, number, dim]`` in float32 (float64 stays). An empty segment gives zeros
         in both, so that products with it stay finite; mask it by its count.
     """
+    check_shape("segments", segments, tuple(values.shape[:3]), like=values)
     if chosen(impl, values) == "triton":
         from adamac.ops.segment import triton as kernels
 
