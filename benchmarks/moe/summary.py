@@ -27,10 +27,10 @@ def tables(rows: list[Row]) -> str:
     parts = [_title(rows)]
     fabrics = list(dict.fromkeys(row["fabric"] for row in rows))
     by_fabric = {fabric: [row for row in rows if row["fabric"] == fabric] for fabric in fabrics}
-    for draw in (_launches, _kernels, _costs, _collectives, _anatomy, _models, _layers):
+    for draw in (launches, kernels, _costs, collectives, anatomy, models, layers):
         parts += [draw(fabric, own) for fabric, own in by_fabric.items()]
     # The end is what is left where output is cut.
-    parts += [_rivals(rows), _problems(rows), _targets(rows)]
+    parts += [rivals(rows), problems(rows), targets(rows)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -41,7 +41,7 @@ def _title(rows: list[Row]) -> str:
     return f"{row['device']}, {', '.join(versions)}, commit {row.get('commit', 'unknown')}; runs {runs}"
 
 
-def _targets(rows: list[Row]) -> str:
+def targets(rows: list[Row]) -> str:
     lines: list[list[str]] = []
 
     def judged(what: str, target: float, found: tuple[float, float | None] | None) -> None:
@@ -62,9 +62,9 @@ def _targets(rows: list[Row]) -> str:
             judged(f"layer, XL top-8{how}, best dispatcher, {fabric}", best, _best(case))
         alone = _best(_case(rows, "none", experts))
         judged(f"layer, XL top-8{how}, one GPU, no communication", _ONE_GPU, alone)
-    trained = _latest(
+    trained = latest(
         row
-        for row in _ok(rows, "moe_model")
+        for row in ok(rows, "moe_model")
         if (row["model"], row["work"], row["fabric"]) == ("xl", "train", "shm") and row["preset"] != BASELINE
     )
     for what, name in (
@@ -96,7 +96,7 @@ def _against_rivals(rows: list[Row], fabric: str) -> tuple[float, float] | None:
     found = []
     xl = [
         row
-        for row in _ok(rows, "moe_layer")
+        for row in ok(rows, "moe_layer")
         if (row["hidden"], row["top_k"], row["fabric"]) == (2048, 8, fabric)
     ]
     for case in _grouped(xl, "run", *_SHAPE).values():
@@ -113,7 +113,7 @@ def _against_rivals(rows: list[Row], fabric: str) -> tuple[float, float] | None:
 
 
 def _bytes_line(rows: list[Row]) -> list[str]:
-    flags = [entry["equal"] for row in _ok(rows, "moe_layer") for entry in row.get("bytes", {}).values()]
+    flags = [entry["equal"] for row in ok(rows, "moe_layer") for entry in row.get("bytes", {}).values()]
     verdict = "not measured" if not flags else "met" if all(flags) else "missed"
     return ["bytes counted = formula", "exactly", f"{sum(flags)} of {len(flags)} passes", "", verdict]
 
@@ -121,11 +121,11 @@ def _bytes_line(rows: list[Row]) -> list[str]:
 def predictions(rows: list[Row]) -> list[tuple[Row, str, float, float]]:
     """What the cost model said and what was measured: the row, the pass, and milliseconds of both."""
     found = [
-        (row, row["pass"], row["predicted_ms"], row["measured_ms"]) for row in _ok(rows, "moe_prediction")
+        (row, row["pass"], row["predicted_ms"], row["measured_ms"]) for row in ok(rows, "moe_prediction")
     ]
     return found + [
         (row, name, row[name]["predicted_ms"], row[name]["p50_ms"])
-        for row in _ok(rows, "moe_layer")
+        for row in ok(rows, "moe_layer")
         for name in _DIRECTIONS
         if "predicted_ms" in row.get(name, {})
     ]
@@ -156,7 +156,7 @@ def _costs(fabric: str, rows: list[Row]) -> str:
             _rate(cost["flops_per_s"], 1e12),
             _rate(cost["bytes_per_s"], 1e9),
         ]
-        for row in _latest(_ok(rows, "moe_cost"))
+        for row in latest(ok(rows, "moe_cost"))
         for kind, cost in row["machine"]["costs"].items()
     ]
     lines = [
@@ -186,10 +186,10 @@ def _rate(value: float | None, unit: float) -> str:
     return "-" if value is None else f"{value / unit:.1f}"
 
 
-def _launches(fabric: str, rows: list[Row]) -> str:
+def launches(fabric: str, rows: list[Row]) -> str:
     """The kernels that take longest, by arm and pass."""
     parts = []
-    for row in _latest(_ok(rows, "moe_launches")):
+    for row in latest(ok(rows, "moe_launches")):
         title = (
             f"Kernels of {row['arm']}{', fused' if row['experts'] == 'fused' else ''} on {fabric}, "
             f"{_DIRECTIONS[row['pass']]}: {row['launches']:.0f} launches, "
@@ -212,19 +212,19 @@ def _case(rows: list[Row], fabric: str, experts: str) -> list[Row]:
         "experts": experts,
         "tokens": FABRICS[fabric].tokens,
     }
-    return _latest(
+    return latest(
         row
-        for row in _ok(rows, "moe_layer")
+        for row in ok(rows, "moe_layer")
         if not row["rivals"] and all(row[name] == value for name, value in shape.items())
     )
 
 
-def _latest(rows: Iterable[Row]) -> list[Row]:
+def latest(rows: Iterable[Row]) -> list[Row]:
     found = list(rows)
     return [row for row in found if row["run"] == found[-1]["run"]]
 
 
-def _ok(rows: list[Row], benchmark: str) -> list[Row]:
+def ok(rows: list[Row], benchmark: str) -> list[Row]:
     return [row for row in rows if row.get("benchmark") == benchmark and row["status"] == "ok"]
 
 
@@ -247,17 +247,17 @@ def _best(case: list[Row]) -> tuple[float, float] | None:
     return forward, both
 
 
-def _rivals(rows: list[Row]) -> str:
+def rivals(rows: list[Row]) -> str:
     """The baseline's best dispatcher next to other packages, in milliseconds."""
     lines = []
-    for key, case in _grouped(_ok(rows, "moe_layer"), "run", "fabric", *_SHAPE).items():
-        rivals = {row["arm"]: row for row in case if row["arm"] in RIVALS}
+    for key, case in _grouped(ok(rows, "moe_layer"), "run", "fabric", *_SHAPE).items():
+        others = {row["arm"]: row for row in case if row["arm"] in RIVALS}
         ours = [row for row in case if row["preset"] == BASELINE and row["arm"] not in RIVALS]
-        if not rivals or not ours:
+        if not others or not ours:
             continue
         for name, title in _DIRECTIONS.items():
             best = min(row[name]["p50_ms"] for row in ours)
-            theirs = {arm: row[name]["p50_ms"] for arm, row in rivals.items()}
+            theirs = {arm: row[name]["p50_ms"] for arm, row in others.items()}
             cells = [f"{theirs[arm]:.3f}" if arm in theirs else "-" for arm in RIVALS]
             slower = (
                 "no slower"
@@ -278,9 +278,9 @@ def _shape(row: Row) -> str:
     )
 
 
-def _layers(fabric: str, rows: list[Row]) -> str:
+def layers(fabric: str, rows: list[Row]) -> str:
     """Medians by arm, a line for each case and direction."""
-    found = [row for row in _ok(rows, "moe_layer") if row["arm"] not in RIVALS]
+    found = [row for row in ok(rows, "moe_layer") if row["arm"] not in RIVALS]
     arms = list(dict.fromkeys(row["arm"] for row in found))
     lines = []
     for case in _grouped(found, "run", *_SHAPE).values():
@@ -299,9 +299,9 @@ def _layers(fabric: str, rows: list[Row]) -> str:
     )
 
 
-def _anatomy(fabric: str, rows: list[Row]) -> str:
+def anatomy(fabric: str, rows: list[Row]) -> str:
     """Where the time of a forward pass goes, for the first case of the fabric."""
-    found = [row for row in _ok(rows, "moe_layer") if "stage_ms" in row]
+    found = [row for row in ok(rows, "moe_layer") if "stage_ms" in row]
     if not found:
         return ""
     case = next(iter(_grouped(found, "run", *_SHAPE).values()))
@@ -324,8 +324,8 @@ def _anatomy(fabric: str, rows: list[Row]) -> str:
     return _headed(f"Stages on {fabric}, forward, first rank, ms: {_shape(case[0])}", header, lines)
 
 
-def _collectives(fabric: str, rows: list[Row]) -> str:
-    found = _latest(_ok(rows, "moe_collectives"))
+def collectives(fabric: str, rows: list[Row]) -> str:
+    found = latest(ok(rows, "moe_collectives"))
     names = list(dict.fromkeys(row["collective"] for row in found))
     lines = []
     for (size,), group in _grouped(found, "bytes_held").items():
@@ -335,7 +335,7 @@ def _collectives(fabric: str, rows: list[Row]) -> str:
     return _headed(f"Collectives on {fabric}, ms (GB/s out of a rank)", ["MiB held", *names], lines)
 
 
-def _kernels(fabric: str, rows: list[Row]) -> str:
+def kernels(fabric: str, rows: list[Row]) -> str:
     lines = [
         [
             f"h {row['hidden']}, top-{row['top_k']} of {row['num_experts']}, r {row['ratio']:g}, {row['tokens']} tokens",
@@ -345,15 +345,15 @@ def _kernels(fabric: str, rows: list[Row]) -> str:
             f"{row['tflop_per_s']:.1f}",
             f"{row['gb_per_s']:.0f}",
         ]
-        for row in _latest(_ok(rows, "moe_kernels"))
+        for row in latest(ok(rows, "moe_kernels"))
     ]
     header = ["layer", "preset", "kernel", "ms", "TFLOP/s", "GB/s"]
     return _headed(f"Pieces of a layer, one rank, {fabric}", header, lines)
 
 
-def _models(fabric: str, rows: list[Row]) -> str:
+def models(fabric: str, rows: list[Row]) -> str:
     lines = []
-    for row in _ok(rows, "moe_model"):
+    for row in ok(rows, "moe_model"):
         what = row["work"] + (f", batch {row['batch']}, prompt {row['prompt']}" if "batch" in row else "")
         times = [f"{row[name]:.2f}" for name in ("p50_ms", "p95_ms", "p99_ms")]
         ratios = [_number(row.get(name)) for name in ("over_copy_per_expert", "over_best_baseline")]
@@ -378,7 +378,7 @@ def _models(fabric: str, rows: list[Row]) -> str:
     return _headed(f"Models with random weights on {fabric}, {_ranks(rows)}", header, lines)
 
 
-def _problems(rows: list[Row]) -> str:
+def problems(rows: list[Row]) -> str:
     lines = [
         f"- {row['fabric']}: {row.get('benchmark', '')} {row.get('arm', '')} {row['status']}: "
         f"{row.get('reason', row.get('relative_error', ''))}"
