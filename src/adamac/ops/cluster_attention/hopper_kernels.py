@@ -1,9 +1,18 @@
 """Cluster attention for Hopper, in Gluon: who fetches and who computes are different warps.
 
-A program has 128 rows of one query cluster. Four warps fetch: they gather blocks of packed keys and values into shared
-memory, some blocks ahead. Two groups of four warps compute, 64 rows each, and overlap their own work as FlashAttention-3
-does: while the matrix units multiply a block's logits and the former block's weights with its values, nothing waits but
-the softmax in between; and while one group takes its softmax, the other has the matrix units.
+A program has 128 rows of one query cluster. Four warps fetch: they gather packed keys and values into shared memory, some
+blocks ahead. Two groups of four warps compute, 64 rows each, and overlap their own work as FlashAttention-3 does: a step
+begins to multiply the queries with a block of keys, and the weights of the block before with its values, and takes the
+softmax of the former while the matrix units are busy with the latter.
+
+What a step needs arrives together and is freed together, so shared memory is a ring of *pairs*: the keys of a block and the
+values of the block before. In a tile of at most 64 rows the two groups share out the blocks instead of the rows, every other
+one each; there the block before a group's own is two back, and a pair has one reader.
+
+The softmax has to stand between the wait for the logits and the wait for the values in the machine's code too. Nothing
+obliges the assembler to leave it there: the softmax does not depend on the second wait, and ptxas put both waits first, so
+that nothing overlapped at all. What it does not move across is a branch. The wait for the next pair is one (it asks in a
+loop), is needed at about that place anyway, and so stands there. A test reads the machine's code for it.
 
 The order of blocks is that of the other kernel: the tokens that are read, then the means of all clusters with the log of
 how many of their tokens are skipped as bias.
@@ -21,72 +30,67 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-# Both have been renamed since Triton 3.6.
+# These have been renamed since Triton 3.6.
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 fetch = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+REINTERPRETS = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 GROUP = gl.constexpr(64)  # rows of a computing group, which is what its instruction has
 
 
 def configuration(head_dim: int) -> dict[str, int]:
-    """What the kernel is launched with; shared memory holds the queries and ``STAGES`` blocks of keys and of values."""
-    return {"KEYS": 128, "DIM": head_dim, "STAGES": 2 if head_dim > 64 else 4, "num_warps": 4}
-
-
-@gluon.jit
-def _fetch_block(base, row, column, memory, full, empty, block, DIM: gl.constexpr, STAGES: gl.constexpr):
-    """Bring one block to its place once the place is free; the barrier is told when it has arrived."""
-    stage = block % STAGES
-    mbarrier.wait(empty.index(stage), ((block // STAGES) & 1) ^ 1)
-    fetch(memory.index(stage), base + (row[:, None] * DIM + column[None, :]))
-    async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
-
-
-@gluon.jit
-def _block_rows(tokens, block, lane, exact, k_tokens, KEYS: gl.constexpr):
-    """Packed rows of one block: listed ones, and after the last block of these the means. Lists are whole blocks long."""
-    listed = gl.load(tokens + gl.where(block < exact, block * KEYS, 0) + lane)
-    return gl.where(block < exact, listed, k_tokens + (block - exact) * KEYS + lane)
+    """What the kernel is launched with; shared memory holds the queries and ``STAGES`` pairs of keys and values."""
+    return {"KEYS": 128, "DIM": head_dim, "STAGES": 3 if head_dim > 64 else 5, "num_warps": 4}
 
 
 @gluon.jit
 def _fetch(
-    memory,  # (keys, values)
-    barriers,  # (k_full, v_full, k_empty, v_empty)
+    memory,  # (keys, values, biases)
+    barriers,  # (full, empty, done)
     key,
     value,
     tokens,
-    exact,
-    blocks,
+    skipped,
+    bounds,
     k_tokens,
     KEYS: gl.constexpr,
     DIM: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """What the fetching warps do: rows are looked up a block ahead, and keys go a block ahead of values."""
-    k_memory, v_memory = memory
-    k_full, v_full, k_empty, v_empty, _done = barriers
+    """What the fetching warps do, pair by pair; rows are looked up a pair ahead."""
+    k_memory, v_memory, biases = memory
+    full, empty, _done = barriers
+    _length, exact, blocks, alone = bounds
     across: gl.constexpr = DIM // 8
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // across, across], [4, 1], [1, 0])
+    down: gl.constexpr = 32 // across
+    # A thread has neighbouring rows: the lists are read in long words.
+    layout: gl.constexpr = gl.BlockedLayout([KEYS // down // 4, 8], [down, across], [4, 1], [1, 0])
     lane = gl.arange(0, KEYS, layout=gl.SliceLayout(1, layout))
     column = gl.arange(0, DIM, layout=gl.SliceLayout(0, layout))
-    if blocks > 0:
-        row = _block_rows(tokens, 0, lane, exact, k_tokens, KEYS)
-        _fetch_block(key, row, column, k_memory, k_full, k_empty, 0, DIM, STAGES)
-        for block in range(1, blocks):
-            next_row = _block_rows(tokens, block, lane, exact, k_tokens, KEYS)
-            _fetch_block(value, row, column, v_memory, v_full, v_empty, block - 1, DIM, STAGES)
-            _fetch_block(key, next_row, column, k_memory, k_full, k_empty, block, DIM, STAGES)
-            row = next_row
-        _fetch_block(value, row, column, v_memory, v_full, v_empty, blocks - 1, DIM, STAGES)
+    thread = gl.arange(0, KEYS, layout=gl.BlockedLayout([1], [32], [4], [0]))
+    behind = gl.where(alone, 2, 1)  # blocks by which the values of a pair are behind its keys
+    row = _rows(tokens, 0, lane, exact, k_tokens, KEYS)
+    for pair in range(0, gl.where(blocks > 0, blocks + behind, 0)):
+        stage = pair % STAGES
+        v_row = _rows(tokens, gl.maximum(pair - behind, 0), lane, exact, k_tokens, KEYS)
+        mbarrier.wait(empty.index(stage), ((pair // STAGES) & 1) ^ 1)
+        if pair < blocks:
+            fetch(k_memory.index(stage), key + (row[:, None] * DIM + column[None, :]))
+        if pair >= behind:
+            fetch(v_memory.index(stage), value + (v_row[:, None] * DIM + column[None, :]))
+        if (pair >= exact) & (pair < blocks):
+            fetch(biases.index(stage), skipped + (pair - exact) * KEYS + thread)
+        async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
+        row = _rows(tokens, pair + 1, lane, exact, k_tokens, KEYS)
 
 
 @gluon.jit
-def _bias(block, exact, length, skipped, KEYS: gl.constexpr, layout: gl.constexpr):
-    """What is added to the logits of one block: nothing, or minus infinity past its end, or how much a mean stands for."""
-    lane = gl.arange(0, KEYS, layout=layout)
-    of_token = gl.where(block * KEYS + lane < length, 0.0, float("-inf"))
-    is_mean = (block >= exact) & (lane >= 0)
-    return gl.load(skipped + (block - exact) * KEYS + lane, mask=is_mean, other=of_token)
+def _rows(tokens, block, lane, exact, k_tokens, KEYS: gl.constexpr):
+    """Packed rows of one block: listed ones, and after the last block of these the means. Lists are whole blocks long."""
+    if block < exact:
+        rows = gl.load(tokens + block * KEYS + lane)
+    else:
+        rows = k_tokens + (block - exact) * KEYS + lane
+    return rows
 
 
 @gluon.jit
@@ -107,74 +111,76 @@ def _softmax(logits, top, total, scale, bias, BIASED: gl.constexpr):
 
 
 @gluon.jit
-def _next_logits(
-    q_memory, k_memory, k_full, block, KEYS: gl.constexpr, STAGES: gl.constexpr, layout: gl.constexpr
-):
-    """Begin to multiply the queries with a block of keys."""
-    stage = block % STAGES
-    mbarrier.wait(k_full.index(stage), (block // STAGES) & 1)
+def _bias(biases, block, bounds, KEYS: gl.constexpr, STAGES: gl.constexpr, layout: gl.constexpr):
+    """What is added to the logits of one block: nothing, or minus infinity past its end, or how much a mean stands for."""
+    length, exact, _blocks, _alone = bounds
+    lane = gl.arange(0, KEYS, layout=layout)
+    of_token = gl.where(block * KEYS + lane < length, 0.0, float("-inf"))
+    return gl.where(block >= exact, biases.index(block % STAGES).load(layout), of_token)
+
+
+@gluon.jit
+def _arrived(full, pair, STAGES: gl.constexpr):
+    """Wait until a pair is there, for the matrix units as well."""
+    mbarrier.wait(full.index(pair % STAGES), (pair // STAGES) & 1)
     fence_async_shared()
+
+
+@gluon.jit
+def _free(empty, pair, STAGES: gl.constexpr):
+    """Say that this group is done with a pair."""
+    barrier()  # of its four warps
+    mbarrier.arrive(empty.index(pair % STAGES), count=1)
+
+
+@gluon.jit
+def _times_keys(own, k_memory, pair, KEYS: gl.constexpr, STAGES: gl.constexpr, layout: gl.constexpr):
+    """Begin to multiply the queries with the keys of a pair."""
     zeros = gl.zeros([GROUP, KEYS], gl.float32, layout)
-    return warpgroup_mma(q_memory, k_memory.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    keys = k_memory.index(pair % STAGES).permute((1, 0))
+    return warpgroup_mma(own, keys, zeros, use_acc=False, is_async=True)
 
 
 @gluon.jit
-def _add_values(weights, acc, v_memory, v_full, block, STAGES: gl.constexpr):
-    """Begin to multiply the weights with a block of values."""
-    stage = block % STAGES
-    mbarrier.wait(v_full.index(stage), (block // STAGES) & 1)
-    fence_async_shared()
-    return warpgroup_mma(weights, v_memory.index(stage), acc, is_async=True)
-
-
-@gluon.jit
-def _free(empty, block, alone, STAGES: gl.constexpr):
-    barrier()  # all four warps are done with the block
-    mbarrier.arrive(empty.index(block % STAGES), count=1)
-    if alone:  # nobody else will read it
-        mbarrier.arrive(empty.index(block % STAGES), count=1)
+def _times_values(weights, acc, v_memory, pair, STAGES: gl.constexpr):
+    """Begin to add the weights' products with the values of a pair."""
+    return warpgroup_mma(weights, v_memory.index(pair % STAGES), acc, is_async=True)
 
 
 @gluon.jit
 def _step(
     block,
-    before,
-    own,
-    memory,
-    barriers,
-    bounds,
-    skipped,
-    weights,
-    acc,
-    top,
-    total,
-    scale,
+    stride,
+    tools,  # (queries, memory, barriers, bounds, scale)
+    state,  # (weights, output, top, total)
     BIASED: gl.constexpr,
     KEYS: gl.constexpr,
     DIM: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """Multiply a block of keys, and the weights of the block before with its values; take the softmax in between."""
-    k_memory, v_memory = memory
-    k_full, v_full, k_empty, v_empty, _done = barriers
-    length, exact, _, alone = bounds
+    """Begin to multiply a block's keys and the block before's values, and take the softmax when the keys are done."""
+    own, memory, barriers, bounds, scale = tools
+    k_memory, v_memory, biases = memory
+    full, empty, _done = barriers
+    weights, acc, top, total = state
     logits_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
     bias_layout: gl.constexpr = gl.SliceLayout(0, logits_layout)
-    if BIASED:  # asked for first, so that it is there when the logits are
-        bias = _bias(block, exact, length, skipped, KEYS, bias_layout)
+    token = _times_keys(own, k_memory, block, KEYS, STAGES, logits_layout)
+    added = _times_values(weights, acc, v_memory, block, STAGES)
+    if BIASED:
+        bias = _bias(biases, block, bounds, KEYS, STAGES, bias_layout)
     else:
         bias = gl.zeros([KEYS], gl.float32, bias_layout)
-    token = _next_logits(own, k_memory, k_full, block, KEYS, STAGES, logits_layout)
-    added = _add_values(weights, acc, v_memory, v_full, before, STAGES)
     logits = warpgroup_mma_wait(1, deps=[token])
-    _free(k_empty, block, alone, STAGES)
     new_weights, fade, top, total = _softmax(logits, top, total, scale, bias, BIASED)
+    # The next pair is waited for here, lest the assembler wait for the values before it takes the softmax.
+    _arrived(full, block + stride, STAGES)
     acc = warpgroup_mma_wait(0, deps=[added])
-    _free(v_empty, before, alone, STAGES)
+    _free(empty, block, STAGES)
     acc = acc * gl.convert_layout(fade, gl.SliceLayout(1, acc_layout))[:, None]
-    operand = gl.convert_layout(new_weights.to(own.dtype), gl.DotOperandLayout(0, acc_layout, 2))
-    return operand, acc, top, total
+    weights = gl.convert_layout(new_weights.to(own.dtype), gl.DotOperandLayout(0, acc_layout, 2))
+    return weights, acc, top, total
 
 
 @gluon.jit
@@ -191,29 +197,23 @@ def _walk(
 ):
     """Take a group's blocks from one to another into its state; those with a bias have a loop of their own."""
     first_block, stride = way
-    own, memory, barriers, bounds, skipped, scale = tools
     weights, acc, top, total = state
     for index in range(start, stop):
+        state = (weights, acc, top, total)
         block = first_block + index * stride
-        weights, acc, top, total = _step(
-            block,
-            block - stride,
-            own,
-            memory,
-            barriers,
-            bounds,
-            skipped,
-            weights,
-            acc,
-            top,
-            total,
-            scale,
-            BIASED,
-            KEYS,
-            DIM,
-            STAGES,
-        )
+        weights, acc, top, total = _step(block, stride, tools, state, BIASED, KEYS, DIM, STAGES)
     return weights, acc, top, total
+
+
+@gluon.jit
+def _room_for_output(keys, DIM: gl.constexpr):
+    """The memory of a block of keys as a group's output in float32, which is as large."""
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    if REINTERPRETS:
+        room = keys.reinterpret(gl.float32, [GROUP, DIM], plain)
+    else:
+        room = keys._reinterpret(gl.float32, [GROUP, DIM], plain)
+    return room
 
 
 @gluon.jit
@@ -243,25 +243,43 @@ def _join(
 
 
 @gluon.jit
+def _store(acc, top, total, sides, begin, stop, row_layout: gl.constexpr, acc_layout: gl.constexpr):
+    """Write a group's output, over the total of its weights, and its log-sum-exp to where its rows belong."""
+    _query, output, lse, rows, _first, _stop, _q_stride, o_stride = sides
+    out_row: gl.constexpr = gl.SliceLayout(1, acc_layout)
+    some = total > 0
+    log_sum = gl.where(some, (top + gl.log2(gl.where(some, total, 1.0))) * 0.6931471805599453, float("-inf"))
+    share = gl.convert_layout(gl.where(some, 1.0 / gl.where(some, total, 1.0), 0.0), out_row)
+    acc = gl.where((share > 0)[:, None], acc * share[:, None], 0.0)
+    place = begin + gl.arange(0, GROUP, layout=out_row)
+    column = gl.arange(0, acc.shape[1], layout=gl.SliceLayout(0, acc_layout))
+    row = gl.load(rows + place, mask=place < stop, other=0).to(gl.int64)
+    here = (place < stop)[:, None] & (column >= 0)[None, :]
+    gl.store(output + row[:, None] * o_stride + column[None, :], acc.to(output.dtype.element_ty), mask=here)
+    place = begin + gl.arange(0, GROUP, layout=row_layout)
+    row = gl.load(rows + place, mask=place < stop, other=0)
+    gl.store(lse + row, log_sum, mask=place < stop)
+
+
+@gluon.jit
 def _compute(
     HALF: gl.constexpr,
-    memory,  # (keys, values)
-    barriers,  # (k_full, v_full, k_empty, v_empty, done)
+    memory,  # (keys, values, biases)
+    barriers,  # (full, empty, done)
     q_memory,
-    partial,  # (output, top, total) of the second group
+    tops_and_totals,  # of the second group
     sides,
     bounds,
-    skipped,
     scale,
     KEYS: gl.constexpr,
     DIM: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     """What a computing group does: 64 rows and all blocks, or, in a tile of at most 64 rows, these and every other block."""
-    k_memory, v_memory = memory
-    k_full, v_full, k_empty, _v_empty, done = barriers
-    query, output, lse, rows, first, stop, q_stride, o_stride = sides
-    length, exact, blocks, alone = bounds
+    k_memory, v_memory, biases = memory
+    full, empty, done = barriers
+    query, _output, _lse, rows, first, stop, q_stride, _o_stride = sides
+    length, _exact, blocks, alone = bounds
     across: gl.constexpr = DIM // 8
     load_layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // across, across], [4, 1], [1, 0])
     logits_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
@@ -269,7 +287,6 @@ def _compute(
     weights_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)
     row_layout: gl.constexpr = gl.SliceLayout(1, logits_layout)
     bias_layout: gl.constexpr = gl.SliceLayout(0, logits_layout)
-    out_row: gl.constexpr = gl.SliceLayout(1, acc_layout)
 
     begin = first + gl.where(alone, 0, HALF * GROUP)
     first_block = gl.where(alone, HALF, 0)
@@ -287,38 +304,33 @@ def _compute(
     total = gl.full([GROUP], 0.0, gl.float32, row_layout)
     acc = gl.zeros([GROUP, DIM], gl.float32, acc_layout)
     number = gl.cdiv(blocks - first_block, stride)
+    last = first_block + number * stride  # the last pair has values only
     if number > 0:
-        token = _next_logits(own, k_memory, k_full, first_block, KEYS, STAGES, logits_layout)
+        _arrived(full, first_block, STAGES)
+        token = _times_keys(own, k_memory, first_block, KEYS, STAGES, logits_layout)
         logits = warpgroup_mma_wait(0, deps=[token])
-        _free(k_empty, first_block, alone, STAGES)
-        bias = _bias(first_block, exact, length, skipped, KEYS, bias_layout)
+        bias = _bias(biases, first_block, bounds, KEYS, STAGES, bias_layout)
         weights, _fade, top, total = _softmax(logits, top, total, scale, bias, True)
-        operand = gl.convert_layout(weights.to(query.dtype.element_ty), weights_layout)
+        weights = gl.convert_layout(weights.to(own.dtype), weights_layout)
+        _arrived(full, first_block + stride, STAGES)
+        _free(empty, first_block, STAGES)
         whole = gl.maximum(gl.cdiv(length // KEYS - first_block, stride), 1)
         way = (first_block, stride)
-        tools = (own, memory, barriers, bounds, skipped, scale)
-        state = (operand, acc, top, total)
+        tools = (own, memory, barriers, bounds, scale)
+        state = (weights, acc, top, total)
         state = _walk(1, whole, way, tools, state, False, KEYS, DIM, STAGES)
         state = _walk(whole, number, way, tools, state, True, KEYS, DIM, STAGES)
-        operand, acc, top, total = state
-        added = _add_values(operand, acc, v_memory, v_full, first_block + (number - 1) * stride, STAGES)
+        weights, acc, top, total = state
+        added = _times_values(weights, acc, v_memory, last, STAGES)
         acc = warpgroup_mma_wait(0, deps=[added])
     if alone:
+        last_of_second = 1 + gl.cdiv(blocks - 1, 2) * 2  # has no keys, so there is room for its output
+        others = _room_for_output(k_memory.index(last_of_second % STAGES), DIM)
+        partial = (others, tops_and_totals[0], tops_and_totals[1])
         acc, top, total = _join(HALF, acc, top, total, partial, done, row_layout, acc_layout)
         stop = gl.where(HALF == 1, begin, stop)
 
-    some = total > 0
-    log_sum = gl.where(some, (top + gl.log2(gl.where(some, total, 1.0))) * 0.6931471805599453, float("-inf"))
-    share = gl.convert_layout(gl.where(some, 1.0 / gl.where(some, total, 1.0), 0.0), out_row)
-    acc = gl.where((share > 0)[:, None], acc * share[:, None], 0.0)
-    place = begin + gl.arange(0, GROUP, layout=out_row)
-    column = gl.arange(0, DIM, layout=gl.SliceLayout(0, acc_layout))
-    row = gl.load(rows + place, mask=place < stop, other=0).to(gl.int64)
-    here = (place < stop)[:, None] & (column >= 0)[None, :]
-    gl.store(output + row[:, None] * o_stride + column[None, :], acc.to(output.dtype.element_ty), mask=here)
-    place = begin + gl.arange(0, GROUP, layout=row_layout)
-    row = gl.load(rows + place, mask=place < stop, other=0)
-    gl.store(lse + row, log_sum, mask=place < stop)
+    _store(acc, top, total, sides, begin, stop, row_layout, acc_layout)
 
 
 @gluon.jit(
@@ -376,11 +388,12 @@ def attend_kernel(
     # The last cluster of queries may be text, which reads most: it goes first, lest it be waited for.
     tile = tiles - 1 - gl.program_id(0)
     cluster = gl.load(tile_cluster + head * tiles + tile)
+    if cluster > q_clusters:  # a spare tile has no rows
+        return
     first = gl.load(tile_first + head * tiles + tile)
     own = gl.minimum(cluster, q_clusters - 1)
     stop = gl.load(q_starts + head * (q_clusters + 1) + own + 1)
     stop = gl.where(cluster < q_clusters, stop, q_tokens)
-    stop = gl.where(cluster <= q_clusters, stop, 0)  # a spare tile has no rows
     k_starts += head * (k_clusters + 1)
     length = gl.load(ends + (head * q_clusters + own) * k_clusters + k_clusters - 1)
     length = gl.where(cluster < q_clusters, length, 0)
@@ -403,44 +416,44 @@ def attend_kernel(
 
     dtype: gl.constexpr = query.dtype.element_ty
     shared: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    q_memory = gl.allocate_shared_memory(dtype, [2, GROUP, DIM], shared)
-    k_memory = gl.allocate_shared_memory(dtype, [STAGES, KEYS, DIM], shared)
-    v_memory = gl.allocate_shared_memory(dtype, [STAGES, KEYS, DIM], shared)
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(stage), count=128)  # each fetching thread says when its copies are there
-        mbarrier.init(v_full.index(stage), count=128)
-        mbarrier.init(k_empty.index(stage), count=2)  # each computing group says when it is done
-        mbarrier.init(v_empty.index(stage), count=2)
-    done = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    mbarrier.init(done, count=1)
-    fence_async_shared()
-    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    partial = (
-        gl.allocate_shared_memory(gl.float32, [GROUP, DIM], plain),
+    q_memory = gl.allocate_shared_memory(dtype, [2, GROUP, DIM], shared)
+    memory = (
+        gl.allocate_shared_memory(dtype, [STAGES, KEYS, DIM], shared),
+        gl.allocate_shared_memory(dtype, [STAGES, KEYS, DIM], shared),
+        gl.allocate_shared_memory(gl.float32, [STAGES, KEYS], line),
+    )
+    tops_and_totals = (
         gl.allocate_shared_memory(gl.float32, [GROUP], line),
         gl.allocate_shared_memory(gl.float32, [GROUP], line),
     )
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    alone = stop - first <= GROUP
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=128)  # each fetching thread says when its copies are there
+        if alone:  # the groups that read a pair say when they are done
+            mbarrier.init(empty.index(stage), count=1)
+        else:
+            mbarrier.init(empty.index(stage), count=2)
+    done = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(done, count=1)
+    fence_async_shared()
 
-    memory = (k_memory, v_memory)
-    barriers = (k_full, v_full, k_empty, v_empty, done)
+    barriers = (full, empty, done)
     sides = (query, output, lse, rows, first, stop, q_stride_n, o_stride_n)
-    bounds = (length, exact, blocks, stop - first <= GROUP)
+    bounds = (length, exact, blocks, alone)
     gl.warp_specialize(
         [
             (
                 _compute,
-                (0, memory, barriers, q_memory, partial, sides, bounds, skipped, scale, KEYS, DIM, STAGES),
+                (0, memory, barriers, q_memory, tops_and_totals, sides, bounds, scale, KEYS, DIM, STAGES),
             ),
             (
                 _compute,
-                (1, memory, barriers, q_memory, partial, sides, bounds, skipped, scale, KEYS, DIM, STAGES),
+                (1, memory, barriers, q_memory, tops_and_totals, sides, bounds, scale, KEYS, DIM, STAGES),
             ),
-            (_fetch, (memory, barriers, key, value, tokens, exact, blocks, k_tokens, KEYS, DIM, STAGES)),
+            (_fetch, (memory, barriers, key, value, tokens, skipped, bounds, k_tokens, KEYS, DIM, STAGES)),
         ],
         [4, 4],
         [216, 72],
