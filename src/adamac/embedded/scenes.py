@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -175,6 +176,24 @@ def caption(category: str, seed: int, frames: int = 49) -> str:
     return _SCRIPTS[category](rng, Stage(frames, 112, 192)).caption
 
 
+def cut_caption(before: str, after: str) -> str:
+    """The caption of two plain scenes with a cut between them."""
+    return f"{before}, then cut to {after}"
+
+
+_PLAIN = re.compile(rf"an? (?P<thing>.+) ({'|'.join(MOTIONS)}) on (?P<background>{'|'.join(BACKGROUNDS)})")
+
+
+def can_follow(before: str, after: str) -> bool:
+    """Whether two captions are plain ones that a cut may join: no small objects, another background."""
+    scenes = [_PLAIN.fullmatch(words) for words in (before, after)]
+    if not all(scenes):
+        return False
+    one, other = (scene for scene in scenes if scene)
+    small = any(scene["thing"].startswith("small ") for scene in (one, other))
+    return not small and one["background"] != other["background"] and one["thing"] != other["thing"]
+
+
 def _paint(script: Script, category: str, stage: Stage) -> Clip:
     """Paint all frames of a script and collect the boxes."""
     video = np.empty((stage.frames, stage.height, stage.width, 3), np.uint8)
@@ -281,14 +300,14 @@ def _cut(rng: np.random.Generator, stage: Stage) -> Script:
     backdrop_after = _pick_background(rng, after.colour)
     while backdrop_after == backdrop:
         backdrop_after = _pick_background(rng, after.colour)
-    cut = _cut_frame(rng, stage.frames)
+    cut = cut_frame(rng, stage.frames)
 
     def painter(canvas: np.ndarray, t: int) -> dict[str, np.ndarray]:
         thing = before if t < cut else after
         return {thing.name: thing.paint(canvas, t)}
 
     return Script(
-        f"{words_before} on {backdrop}, then cut to {words_after} on {backdrop_after}",
+        cut_caption(f"{words_before} on {backdrop}", f"{words_after} on {backdrop_after}"),
         backdrop,
         painter,
         cut=cut,
@@ -296,7 +315,7 @@ def _cut(rng: np.random.Generator, stage: Stage) -> Script:
     )
 
 
-def _cut_frame(rng: np.random.Generator, frames: int) -> int:
+def cut_frame(rng: np.random.Generator, frames: int) -> int:
     """A frame about halfway at which a latent begins: no latent has to hold both scenes."""
     halfway = frames * rng.uniform(0.42, 0.58)
     aligned = 1 + TEMPORAL_STRIDE * max(round((halfway - 1) / TEMPORAL_STRIDE), 0)

@@ -4,7 +4,8 @@ Four things happen in turn, each for a given number of minutes: the text encoder
 (:mod:`adamac.embedded.reading`); the autoencoder learns to compress clips; clips are painted, encoded and
 kept on the device; the transformer and its text encoder learn to denoise them, first sketches of a few
 latent frames (:mod:`adamac.embedded.dit`; many, quick), then whole clips with sketches in between, and at
-last what the network itself says under guidance, so that one forward a step is enough in use. A run can start from the weights of an earlier one (``--resume``); it then trains what it is given
+last what the network itself says under guidance, so that one forward a step is enough in use. What the
+first steps of sampling decide can be trained a little longer, on a processor even (``--layout-minutes``). A run can start from the weights of an earlier one (``--resume``); it then trains what it is given
 minutes for.
 """
 
@@ -16,6 +17,7 @@ import itertools
 import json
 import logging
 import os
+import random
 import shutil
 import time
 from collections.abc import Iterator
@@ -57,9 +59,11 @@ class Size:
     vae_clips: int = 2400
     vae_batch: int = 3
     clips: int = 40_000
+    plain_clips: int = 384
     captions: int = 5000
     held_out: int = 8
     sketch_batch: int = 80
+    layout_batch: int = 32
     full_batch: int = 24
     encode_batch: int = 16
     vae: dict = dataclasses.field(default_factory=dict)
@@ -74,9 +78,11 @@ TINY = Size(
     vae_clips=8,
     vae_batch=2,
     clips=12,
+    plain_clips=24,
     captions=40,
     held_out=1,
     sketch_batch=2,
+    layout_batch=2,
     full_batch=2,
     encode_batch=4,
     vae={"encoder_width": 8, "decoder_width": 8},
@@ -87,35 +93,54 @@ TINY = Size(
 
 @dataclasses.dataclass
 class LatentSet:
-    """Encoded clips on the device: latents ``(n, c, t, h, w)`` in bf16, tokens ``(n, MAX_TOKENS)``."""
+    """Encoded clips on the device: latents ``(n, c, t, h, w)`` in bf16, tokens ``(n, MAX_TOKENS)``, captions."""
 
     latents: torch.Tensor
     tokens: torch.Tensor
+    captions: list[str]
 
     def batches(self, size: int) -> Iterator[dit.Batch]:
         """Random batches of whole clips without end."""
-        everywhere = torch.arange(self.latents.shape[2], device=self.tokens.device)
+        places = dit.everywhere(self.latents)
         while True:
             index = torch.randint(len(self.tokens), (size,), device=self.tokens.device)
-            yield dit.Batch(self.latents[index].float(), self.tokens[index], everywhere)
-
-    def sketches(self, size: int, frames: int) -> Iterator[dit.Batch]:
-        """Random batches of ``frames`` latent frames of clips: both ends and others between them."""
-        device, last = self.tokens.device, self.latents.shape[2] - 1
-        while True:
-            index = torch.randint(len(self.tokens), (size,), device=device)
-            between = 1 + torch.randperm(last - 1, device=device)[: frames - 2].sort().values
-            places = functional.pad(functional.pad(between, (1, 0)), (0, 1), value=last)
-            some = self.latents[index[:, None], :, places[None]].movedim(2, 1)
-            yield dit.Batch(some.float(), self.tokens[index], places)
+            yield dit.Batch(self.latents[index].float(), self.tokens[index], places)
 
     def all(self) -> dit.Batch:
         """Everything as one batch."""
-        return dit.Batch(
-            self.latents.float(),
-            self.tokens,
-            torch.arange(self.latents.shape[2], device=self.tokens.device),
-        )
+        return dit.Batch(self.latents.float(), self.tokens, dit.everywhere(self.latents))
+
+    def spliced(self, count: int, rng: np.random.Generator, frames: int) -> tuple[torch.Tensor, list[str]]:
+        """Clips of ``frames`` frames with a cut, each made of two plain ones, and their captions.
+
+        A cut falls between two latents, so it can be made there: some hundred plain clips give ten thousand.
+        """
+        latents, captions = [], []
+        while len(captions) < count:
+            one, other = (int(i) for i in rng.integers(len(self.captions), size=2))
+            before, after = self.captions[one], self.captions[other]
+            caption = scenes.cut_caption(before, after)
+            if not scenes.can_follow(before, after) or scenes.is_held_out(caption):
+                continue
+            cut = 1 + (scenes.cut_frame(rng, frames) - 1) // scenes.TEMPORAL_STRIDE
+            latents.append(torch.cat([self.latents[one, :, :cut], self.latents[other, :, cut:]], dim=1))
+            captions.append(caption)
+        return torch.stack(latents), captions
+
+
+def sketch(clips: dit.Batch, frames: int) -> dit.Batch:
+    """``frames`` latent frames of whole clips: both ends and others between them."""
+    last, device = clips.latents.shape[2] - 1, clips.latents.device
+    between = 1 + torch.randperm(last - 1, device=device)[: frames - 2].sort().values
+    places = functional.pad(functional.pad(between, (1, 0)), (0, 1), value=last)
+    return dit.Batch(clips.latents[:, :, places], clips.tokens, (places, *clips.places[1:]))
+
+
+def thinned(clips: dit.Batch) -> dit.Batch:
+    """Every second row and column of clips: where noise hides all else, what is large is seen as well."""
+    frames, rows, columns = clips.places
+    rows, columns = rows[random.randrange(2) :: 2], columns[random.randrange(2) :: 2]
+    return dit.Batch(clips.latents[:, :, :, rows][..., columns], clips.tokens, (frames, rows, columns))
 
 
 class Run:
@@ -130,6 +155,7 @@ class Run:
         self.film = film.load(options.film or film.fetch(options.cache), size.height, size.width)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         torch.manual_seed(options.seed)
+        random.seed(options.seed)
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
         self.rng = np.random.default_rng(options.seed)
@@ -195,12 +221,13 @@ class Run:
 
     def encoded(self, source: Iterator[tuple[torch.Tensor, list[str]]]) -> LatentSet:
         """Encode clips as they come."""
-        latents, ids = [], []
+        latents, ids, texts = [], [], []
         for frames, captions in source:
             raw = autoencoder.encode(self.vae, frames)
             latents.append(autoencoder.normalise(self.vae, raw).bfloat16())
             ids.append(self.tokenise(captions))
-        return LatentSet(torch.cat(latents), torch.cat(ids))
+            texts += captions
+        return LatentSet(torch.cat(latents), torch.cat(ids), texts)
 
     def training_set(self) -> LatentSet:
         """As many procedural clips as are painted in time, and their share of film, encoded."""
@@ -212,7 +239,9 @@ class Run:
         self.report["clips"] = made + len(of_film.tokens)
         logger.info("%d clips in %.0f s", self.report["clips"], time.monotonic() - began)
         return LatentSet(
-            torch.cat([painted.latents, of_film.latents]), torch.cat([painted.tokens, of_film.tokens])
+            torch.cat([painted.latents, of_film.latents]),
+            torch.cat([painted.tokens, of_film.tokens]),
+            painted.captions + of_film.captions,
         )
 
     def held_out_orders(self, category: str, frames: int) -> list[Order]:
@@ -312,7 +341,22 @@ class Run:
 
     def sketches(self, data: LatentSet) -> Iterator[dit.Batch]:
         """A few latent frames of each clip."""
-        return data.sketches(self.size.sketch_batch, self.size.sketch)
+        for clips in data.batches(self.size.sketch_batch):
+            yield sketch(clips, self.size.sketch)
+
+    def layouts(self, data: LatentSet) -> Iterator[dit.Batch]:
+        """Thinned sketches, those of cuts spliced from plain clips in every second batch."""
+        size = self.size
+        first = self.options.first_seed + size.clips
+        orders = [
+            Order("plain", first + i, size.full, size.height, size.width) for i in range(size.plain_clips)
+        ]
+        plain = self.encoded(self.rendered(orders))
+        for clips in data.batches(size.layout_batch):
+            yield thinned(sketch(clips, size.sketch))
+            latents, captions = plain.spliced(size.layout_batch, self.rng, size.full)
+            cuts = dit.Batch(latents.float(), self.tokenise(captions), clips.places)
+            yield thinned(sketch(cuts, size.sketch))
 
     def whole_and_sketched(self, data: LatentSet) -> Iterator[dit.Batch]:
         """Whole clips, and every :data:`SKETCH_EVERY` batches one of sketches."""
@@ -357,6 +401,19 @@ class Run:
         self.report[f"held_out_loss_{name}"] = losses
         logger.info("held-out loss, %s: %s", name, losses)
 
+    def measure_order(self, name: str) -> None:
+        """Share of held-out cuts whose order is taken from the caption."""
+        size = self.size
+        orders = [
+            Order("cut", HELD_OUT_SEED + i, size.full, size.height, size.width, True)
+            for i in range(8 * size.held_out)
+        ]
+        clips = self.encoded(self.rendered(orders)).all()
+        self.report[f"right_order_{name}"] = round(
+            dit.right_order(self.averaged, sketch(clips, size.sketch)), 3
+        )
+        logger.info("cuts in the right order, %s: %s", name, self.report[f"right_order_{name}"])
+
     def checkpoint(self, name: str = "weights") -> None:
         """Write the averaged weights as one archive, and the report."""
         folder = self.output / name
@@ -390,7 +447,10 @@ class Run:
             self.train_vae()
             self.checkpoint()
         self.vae = autoencoder.to_device(self.vae, self.device).eval()
-        if options.sketch_minutes + options.full_minutes + options.distil_minutes > 0:
+        if (
+            options.sketch_minutes + options.full_minutes + options.distil_minutes + options.layout_minutes
+            > 0
+        ):
             data = self.training_set()
         if options.sketch_minutes > 0:
             self.train_denoiser(
@@ -416,6 +476,14 @@ class Run:
                 dit.guided_velocity(teacher, self.empty(), options.guidance),
             )
             self.sheets("distilled", 1.0)
+        if options.layout_minutes > 0:
+            self.measure_order("before_layout")
+            self.train_denoiser(
+                self.layouts(data),
+                dit.Schedule(options.layout_minutes * 60, options.rate * 0.3, 0.7, first_share=1.0),
+                "layout",
+            )
+            self.measure_order("after_layout")
         self.checkpoint()
         self.renderer.close()
 
@@ -440,6 +508,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--sketch-minutes", type=float, default=10.0, help="transformer, a few latent frames of each clip")
     add("--full-minutes", type=float, default=10.0, help="transformer, whole clips of 49 frames")
     add("--distil-minutes", type=float, default=2.0, help="guidance distillation, 49 frames")
+    add("--layout-minutes", type=float, default=0.0, help="the first noise levels alone, thinned sketches")
     add("--encode-minutes", type=float, default=2.0, help="at most, for each set of clips")
     add("--guidance", type=float, default=3.0, help="guidance scale that is distilled")
     add("--rate", type=float, default=2e-3, help="peak learning rate of Muon; AdamW has half")
