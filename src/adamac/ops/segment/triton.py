@@ -38,7 +38,7 @@ def segment_moments(
     starts, order = segments.starts, segments.order  # in this order, since the first may bring the second
     first = torch.empty(batch, heads, segments.number, dim, dtype=torch.float32, device=values.device)
     second = torch.empty_like(first) if mode == "extremes" else first[..., :0]
-    rows = 16 if interpreted() else 32
+    width = power_of_two(dim)
     with torch.cuda.device_of(values):  # Triton launches on the current device
         _moments[(segments.number, batch * heads)](
             values,
@@ -54,11 +54,16 @@ def segment_moments(
             *values.stride()[:3],
             MODE=_MODES[mode],
             NORMALISE=normalise,
-            ROWS=rows,
-            WIDTH=power_of_two(dim),
-            num_warps=4,
+            ROWS=16 if interpreted() else 32,
+            WIDTH=width,
+            num_warps=_warps(mode, width),
         )
     return first, second
+
+
+def _warps(mode: str, width: int) -> int:
+    """Warps of a program. One is enough where registers hold a mean's rows; it has nobody to wait for at the end."""
+    return 1 if mode == "centroid" and width <= 128 else 4
 
 
 @triton.jit(do_not_specialize=["tokens", "number", "stride_b", "stride_h", "stride_n"])
