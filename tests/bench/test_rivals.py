@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from adamac.attention import Layout
+from adamac.bench import rivals
 from adamac.bench.rivals import _disagreement, block_contenders, draw_blocks
 from adamac.testing import attention_like
 
@@ -46,3 +48,15 @@ def test_a_contender_that_cannot_run_says_why():
     found = block_contenders(query, key, value, 0.5)
     assert set(found) == {"flex blocks 50%", "flash4 blocks 50%"}
     assert all(isinstance(reason, str) and reason for reason in found.values())
+
+
+def test_a_k_means_that_is_missing_or_does_not_run_is_a_reason(monkeypatch, device):
+    def missing(name):
+        raise ImportError("no such")
+
+    key = torch.randn(1, 2, 30, 8, device=device)
+    options = (key[:, :, :4], Layout.video_only(30))
+    monkeypatch.setattr(rivals.importlib, "import_module", missing)
+    assert rivals.kmeans_contender(key, *options) == "flash-kmeans is not installed (no such)"
+    monkeypatch.setattr(rivals.importlib, "import_module", lambda name: object())
+    assert "does not run: AttributeError" in rivals.kmeans_contender(key, *options)

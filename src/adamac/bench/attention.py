@@ -38,7 +38,7 @@ STAGES = {
     "nearest": ("_nearest",),
     "sort": ("sort", "radix", "Sort", "scan_by_key"),
     "moments": ("_moments",),
-    "select": ("_fill", "gemm", "sgemm", "cutlass", "cublas", "Kernel2"),
+    "select": ("_fill", "gemm", "cutlass", "cublas", "Kernel2"),
     "pack": ("pack_kernel",),
     "list": ("list_kernel", "skip_kernel"),
     "attend": ("attend_kernel",),

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from adamac.attention.layout import Layout
+from adamac.ops.dense_attention.candidate import first_line
 from adamac.ops.error_budget import over_budget
 
 BLOCK = 128
@@ -73,20 +74,27 @@ def block_contenders(
             call = make(query, key, value, blocks)
             wrong = _disagreement(call(), query, key, value, blocks)
         except Exception as error:  # a package that is missing, or a compiler that refuses, raises anything
-            wrong = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            wrong = first_line(error)
         found[f"{name} {density:.0%}"] = call if wrong is None else wrong
     return found
 
 
 def kmeans_contender(key: Tensor, centroids: Tensor, layout: Layout) -> Callable[[], Any] | str:
     """One iteration of flash-kmeans on the video keys, from given centroids ``[1, heads, clusters, head_dim]``."""
-    try:
-        iterate = importlib.import_module("flash_kmeans").batch_kmeans_Euclid
-    except ImportError as error:
-        return f"flash-kmeans is not installed ({error})"
     points = layout.video(key)[0].contiguous()  # not timed: it wants heads one after another
     start = centroids[0].to(points.dtype).contiguous()
-    return lambda: iterate(points, start.shape[1], max_iters=1, init_centroids=start)
+
+    def call() -> Any:
+        iterate = importlib.import_module("flash_kmeans").batch_kmeans_Euclid
+        return iterate(points, start.shape[1], max_iters=1, init_centroids=start)
+
+    try:
+        call()
+    except ImportError as error:
+        return f"flash-kmeans is not installed ({error})"
+    except Exception as error:  # one that does not compile would take the rows of a whole shape with it
+        return f"flash-kmeans does not run: {first_line(error)}"
+    return call
 
 
 def _flex(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks) -> Callable[[], Tensor]:

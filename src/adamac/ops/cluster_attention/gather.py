@@ -1,9 +1,10 @@
 """Cluster attention in plain torch on any device: gather what each query cluster reads, then batched dense attention.
 
 What a row can read stands in one table, key and value side by side: the tokens of all heads, then, if skipped tokens are
-compensated, the means of all clusters. What a query cluster reads is a list of entries of that table. Query clusters of about equal size are attended together, so that a call is a few
-dozen large operations: hundreds of small ones would leave a CPU's threads waiting for each other. On a CPU this is really
-faster than dense attention; on a GPU it is correct, but a kernel that gathers as it computes is faster.
+compensated, the means of all clusters. What a query cluster reads is a list of entries of that table. Query clusters of about
+equal size are attended together, so that a call is a few dozen large operations: hundreds of small ones would leave a CPU's
+threads waiting for each other. On a CPU this is really faster than dense attention; on a GPU it is right and slow, it waits
+for the device, and is there for what no kernel takes.
 """
 
 from __future__ import annotations

@@ -51,9 +51,8 @@ def pack_kernel(
         x = tl.load(source + token[:, None] * stride_n + column[None, :], mask=here, other=0.0)
         tl.store(packed + place[:, None] * dim + column[None, :], x, mask=here)
         total += x.to(tl.float32)
-    if (
-        cluster == clusters - 1
-    ):  # behind the last cluster stands padding, which is read under a bias of minus infinity
+    if cluster == clusters - 1:
+        # Behind the last cluster stands padding, which is read under a bias of minus infinity.
         for start in range(end, tokens, ROWS):
             place = start + tl.arange(0, ROWS)
             gap = (place < tokens)[:, None] & inside

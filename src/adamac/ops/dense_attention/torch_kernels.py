@@ -1,7 +1,7 @@
 """The kernels that come with torch: the one it picks itself, and each of its fused ones by name.
 
-Torch's order of preference is not an order of speed: on Hopper it picks flash (FlashAttention 2) although cuDNN is 1.7 times
-faster there. So they are offered one by one.
+Torch's order of preference is not an order of speed, and changes between releases: torch 2.11 picks cuDNN on an H100, where
+flash (FlashAttention 2) takes 1.7 times as long. So they are offered one by one.
 """
 
 from __future__ import annotations

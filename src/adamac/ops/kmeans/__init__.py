@@ -124,11 +124,6 @@ def kmeans(
     return Lloyd(members, centroids)
 
 
-def inertia(points: Tensor, clusters: Lloyd) -> Tensor:
-    """Sum the squared distances of all points from their centroids: ``[batch, heads]``."""
-    return distances(points, clusters.members.labels, clusters.centroids).square().sum(-1)
-
-
 def distances(points: Tensor, labels: Tensor, centroids: Tensor) -> Tensor:
     """Measure how far each point is from its own centroid.
 

@@ -73,9 +73,8 @@ class Segments:
     @cached_property
     def starts(self) -> Tensor:
         """Where each segment begins in ``order``: ``[batch, heads, number + 1]`` int32; the last is where none begins."""
-        if (
-            self._on_gpu
-        ):  # it will need the order too, and finds bounds in sorted labels sooner than it counts
+        if self._on_gpu:
+            # It will need the order too, and finds bounds in sorted labels sooner than it counts.
             labels, self.order = self._sort()
             wanted = torch.arange(self.number + 1, device=labels.device, dtype=labels.dtype)
             wanted = wanted.expand(*labels.shape[:-1], -1).contiguous()
