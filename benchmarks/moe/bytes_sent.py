@@ -58,7 +58,7 @@ def _expected(routing: Routing, row_bytes: int, dispatcher: str, crew: Crew, *, 
         return [trips * sum(rows) * row_bytes, others * 3 * _COUNT + aside]
     tokens = routing.tokens * others
     aside = tokens * routing.top_k * (weights + (_WEIGHT if backward else 0))
-    return [trips * 2 * tokens * row_bytes, others * 2 * _COUNT + aside]
+    return [trips * 2 * tokens * row_bytes, others * (crew.ranks + 2) * _COUNT + aside]
 
 
 def _there_and_here(counts: np.ndarray, crew: Crew) -> tuple[int, int]:

@@ -64,5 +64,5 @@ def _sizes(case: CostCase, crew: Crew) -> Sizes:
         return Sizes((64, 256), (64, 128), (4, 8), CPU.message_bytes[:3], layer, (layer,), rounds=2)
     layers = ((1024, 64, 8, case.tokens), (2048, 64, 4, case.tokens), (2048, 64, 8, case.tokens))
     messages = tuple(size for size in GPU.message_bytes if size <= case.largest_mib * 2**20)
-    layer = (1024, 32, 4, case.tokens)
+    layer = (4096, 64, 8, case.tokens)
     return replace(GPU, message_bytes=messages, layer=layer, checked=layers, rounds=9)

@@ -1,4 +1,4 @@
-"""``adamac moe``: train a small language model with a mixture of experts, sample from it, export it.
+"""``adamac moe``: train a small language model with a mixture of experts, sample from it, export it, time its layers.
 
 The dataclasses hold what a user may choose; what they mean is in :class:`adamac.moe.lm.recipe.Recipe`, whose defaults they
 repeat so that help answers without loading torch.
@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from tyro.conf import OmitArgPrefixes, Positional, subcommand
 
 from adamac.bakeoff.errors import BadInput
+from adamac.cli_moe_bench import MoeBench, moe_bench
 
 if TYPE_CHECKING:
     from adamac.moe.lm.corpus import Corpus
@@ -138,12 +139,13 @@ class MoeExport:
 
 @dataclass(frozen=True)
 class Moe:
-    """Small language models with a mixture of experts: train, generate, export."""
+    """Small language models with a mixture of experts: train, generate, export; and their layers: bench."""
 
     command: OmitArgPrefixes[
         Annotated[MoeTrain, subcommand("train", prefix_name=False)]
         | Annotated[MoeGenerate, subcommand("generate", prefix_name=False)]
         | Annotated[MoeExport, subcommand("export", prefix_name=False)]
+        | Annotated[MoeBench, subcommand("bench", prefix_name=False)]
     ]
 
 
@@ -157,6 +159,8 @@ def moe(options: Moe, console: Console) -> int:
                 return moe_generate(options.command, console)
             case MoeExport():
                 return moe_export(options.command, console)
+            case MoeBench():
+                return moe_bench(options.command, console)
 
 
 def moe_train(options: MoeTrain, console: Console) -> int:

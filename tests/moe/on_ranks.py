@@ -6,7 +6,7 @@ import itertools
 import os
 import time
 from importlib import import_module
-from unittest.mock import Mock, patch
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,6 @@ from adamac.moe.dispatch import Dispatcher, Meter, choose
 from adamac.moe.dispatch.exchange import Started
 from adamac.moe.parallel import average_gradients, clip_gradients, expert_group, expert_mesh, shard
 from adamac.moe.routing import Routing
-from adamac.moe.rows import Order
 from adamac.moe.timing import STAGES, StageClock
 
 NAMES = ("all_to_all", "per_rank", "all_gather")
@@ -261,11 +260,14 @@ def order_of_arrival(rank: int, config: MoEConfig) -> dict[str, list[str]]:
             seen.append(started.travelling.collective.kind)
             return finish(started)
 
-        def of(*arguments, seen=seen, **options) -> Order:
-            seen.append("order")
-            return Order.of(*arguments, **options)
+        sorts = "by_run" if name == "all_to_all" else "by_label"
+        sort = getattr(module, sorts)
 
-        with patch.object(module, "finish", finish), patch.object(module, "Order", Mock(of=of)):
+        def ordered(*arguments, seen=seen, sort=sort, **options):
+            seen.append("order")
+            return sort(*arguments, **options)
+
+        with patch.object(module, "finish", finish), patch.object(module, sorts, ordered):
             sent.arrive()
     return done
 

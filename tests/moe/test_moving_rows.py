@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from adamac.moe import MoEConfig, Router, Routing
-from adamac.moe.rows import by_expert, gathered, spread
+from adamac.moe.rows import by_expert, by_label, by_run, gathered, spread
 from adamac.ops.launch import interpreted
 from adamac.testing import assert_within_error_budget
 
@@ -102,3 +102,32 @@ def test_the_kernel_errs_no_more_than_eager_torch(capacity, tokens, width, top_k
         assert found.dtype == eager.dtype
         if found.numel():
             assert_within_error_budget(found, oracle, eager)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "slots", "number"), [(63, 3, 8), (1, 1, 1), (700, 2, 5), (40, 8, 100), (300, 1, 3)]
+)
+@pytest.mark.parametrize("empty", [False, True])
+def test_the_kernel_puts_labels_in_the_same_order_as_a_stable_sort(tokens, slots, number, empty, device):
+    if device.type == "cpu" and not interpreted():
+        pytest.skip("needs a GPU or Triton's interpreter")
+    low, high = (-1, number + 1) if empty else (0, number)
+    labels = torch.randint(low, high, (tokens, slots), device=device)
+    (found, counts), (expected, lengths) = (
+        by_label(labels, number, full=not empty, impl=impl) for impl in ("triton", "torch")
+    )
+    assert torch.equal(counts, lengths)
+    assert torch.equal(found.flat, expected.flat)
+    assert torch.equal(found.where, expected.where)
+    assert torch.equal(found.source, expected.source)
+
+
+@pytest.mark.parametrize("shape", [(1, 4), (2, 8), (5, 3)])
+def test_the_kernel_puts_runs_in_the_same_order_as_a_stable_sort(shape, device):
+    if device.type == "cpu" and not interpreted():
+        pytest.skip("needs a GPU or Triton's interpreter")
+    lengths = torch.randint(0, 20, shape, device=device) * torch.randint(0, 3, shape, device=device)
+    lengths[0, -1] = 9000  # more than the programs of a run write in one turn
+    found, expected = (by_run(lengths, int(lengths.sum()), impl=impl) for impl in ("triton", "torch"))
+    assert torch.equal(found.flat, expected.flat)
+    assert torch.equal(found.where, expected.where)

@@ -47,7 +47,7 @@ class Machine:
         least_ms: What a layer takes however small it is, forward, by dispatcher: what the host needs to launch it.
         least_both_ms: The same, forward and backward.
         whole: What a layer takes, collectives left out, divided by the sum of its parts: those were timed alone, one after
-            another on warm caches.
+            another on warm caches. 1 if no layer that was timed kept the device busy.
         layer_error: What predictions of whole layers were off by when compared with measurements, as a share (median).
         ratio_error: The same of the ratio between two layers, from which much of the error cancels.
     """
@@ -137,11 +137,20 @@ class Machine:
         """
         text = path.read_text(encoding="utf-8")
         try:
-            whole = json.loads(text)
-            costs = {kind: _from_json(entry) for kind, entry in whole.pop("costs").items()}
-            return cls(costs=costs, **whole)
+            return cls.from_json(json.loads(text))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{path} is no machine file: {error}") from error
+
+    @classmethod
+    def from_json(cls, entries: Mapping[str, Any]) -> Machine:
+        """Undo :meth:`to_json`.
+
+        Raises:
+            ValueError, TypeError, KeyError, AttributeError: If it is something else.
+        """
+        rest = dict(entries)
+        costs = {kind: _from_json(dict(entry)) for kind, entry in rest.pop("costs").items()}
+        return cls(costs=costs, **rest)
 
     def describe(self) -> list[tuple[str, str, str, str, str, str]]:
         """Rows for a table: operation, overhead, FLOP rate, bandwidth, source, error of the fit."""

@@ -65,7 +65,8 @@ class Prediction:
         dispatcher: What moves its rows.
         stages_ms: Milliseconds by stage; of ``send``, what does not hide behind the shared expert.
         sending_ms: Of these, what is spent in collectives.
-        host_ms: What the device waits for the host, in all.
+        host_ms: What the device waits for the host, in all: a layer takes what its work takes, or what the host needs to launch
+            it and to wait for the numbers that it reads, whichever is longer.
         error: What the time is typically off by, as a share: each stage's by its constants, added up.
         bytes_sent: Rows that this rank sends to others.
         projection: Whether part of the fabric was not measured but forecast.
@@ -138,7 +139,8 @@ def predict(
         stages["send"] -= hidden
         sending -= hidden
     least = (machine.least_both_ms if backward else machine.least_ms).get(dispatcher, 0.0)
-    host_ms = max(0.0, least - sum(stages.values()))
+    waited = sum(time_ms(work) for work in layer.before_reading())
+    host_ms = max(0.0, least + waited - sum(stages.values()))
     sent = bytes_sent(config, tokens, ranks, dispatcher, itemsize, backward=backward)
     return Prediction(config, dispatcher, stages, sending, host_ms, error, sent, network is not None)
 

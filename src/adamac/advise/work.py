@@ -131,6 +131,13 @@ class Layer:
         each = bytes_sent(self.config, self.tokens, self.ranks, self.dispatcher, self.itemsize) / 2
         return [Work(kind, nbytes=each) for kind in (there, back)]
 
+    def before_reading(self) -> list[Work]:
+        """What the host waits for, forward, before it knows how many rows will come; it launches nothing meanwhile."""
+        if self.dispatcher == "local":
+            return []
+        done = self._computed(backward=False)
+        return [*done["gate"], *done["descend"], sorting(self.tokens * self.config.top_k)]
+
     def _computed(self, *, backward: bool) -> dict[Stage, list[Work]]:
         """Everything but moving rows."""
         config, tokens, size = self.config, self.tokens, self.itemsize

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from adamac.moe.presets import MoEConfig
+from adamac.ops.gate import Gated, gate
 from adamac.ops.precision import accurate
 
 
@@ -29,6 +30,7 @@ class Routing:
         num_experts: How many experts there are on all ranks together.
         dropped: ``[tokens, top_k]`` bool, the choices that an expert had no room for; ``None`` if none was dropped.
         finite: A bool scalar, whether the router's logits were; ``None`` if nobody looked.
+        taken: ``[num_experts]`` float, tokens by expert, dropped ones too; ``None`` if nobody counted.
     """
 
     experts: Tensor
@@ -36,6 +38,7 @@ class Routing:
     num_experts: int
     dropped: Tensor | None = None
     finite: Tensor | None = None
+    taken: Tensor | None = None
 
     @classmethod
     def even(
@@ -75,6 +78,8 @@ class Routing:
 
     def load(self) -> Tensor:
         """Count the tokens that each expert takes: ``[num_experts]`` int64, dropped ones left out."""
+        if self.taken is not None and self.dropped is None:
+            return self.taken.long()
         chosen = self.experts.flatten()
         kept = torch.ones_like(chosen) if self.dropped is None else (~self.dropped).flatten().long()
         return chosen.new_zeros(self.num_experts).scatter_add_(0, chosen, kept)
@@ -126,21 +131,18 @@ class Router(nn.Module):
         config = self.config
         with torch.autocast(tokens.device.type, enabled=False):
             logits = _Logits.apply(tokens, self.weight)
-        scores = logits.softmax(-1) if config.score == "softmax" else logits.sigmoid()
-        experts = self._choose(scores)
-        weights = scores.gather(1, experts)
-        if config.normalise:
-            weights = _normalised(weights)
+        gated = gate(logits, config.top_k, config.score, normalise=config.normalise, bias=self.bias)
         routing = Routing(
-            experts,
-            weights,
+            gated.experts,
+            gated.weights,
             config.num_experts,
-            self._dropped(experts, weights),
-            logits.detach().isfinite().all(),
+            self._dropped(gated.experts, gated.weights),
+            gated.finite,
+            gated.load if len(tokens) < _EXACT else None,
         )
         if self.load is not None and self.training and torch.is_grad_enabled():
             self.load += routing.load()
-        return routing, self._losses(logits, scores, experts)
+        return routing, self._losses(logits, gated)
 
     def rebalance(self, load: Tensor) -> None:
         """Move the bias a step against the load: down for the experts with more than the mean, up for those with less.
@@ -160,28 +162,25 @@ class Router(nn.Module):
             self.bias = before.to(self.bias.device)
         return self
 
-    def _choose(self, scores: Tensor) -> Tensor:
-        biased = scores.detach() if self.bias is None else scores.detach() + self.bias
-        return biased.topk(self.config.top_k, dim=-1).indices
-
     def _dropped(self, experts: Tensor, weights: Tensor) -> Tensor | None:
         if self.config.capacity is None or not len(experts):
             return None
         room = math.ceil(self.config.capacity * experts.numel() / self.config.num_experts)
         return beyond_capacity(experts, weights.detach(), self.config.num_experts, room)
 
-    def _losses(self, logits: Tensor, scores: Tensor, experts: Tensor) -> dict[str, Tensor]:
-        losses, tokens = {}, max(1, len(experts))
+    def _losses(self, logits: Tensor, gated: Gated) -> dict[str, Tensor]:
+        losses, tokens = {}, max(1, len(logits))
         if self.config.balance == "loss":
-            load = Routing(experts, scores, self.config.num_experts).load()
-            share = load.to(scores.dtype) / (tokens * self.config.top_k)
-            mass = _normalised(scores).sum(0) / tokens
-            losses["balance"] = self.config.num_experts * (share * mass).sum()
+            # The shares of tokens and of scores that each expert has, multiplied and added up: 1 over the experts if even.
+            scale = self.config.num_experts / (tokens * tokens * self.config.top_k)
+            losses["balance"] = torch.dot(gated.mass, gated.load) * scale
         if self.config.z_weight:
             losses["z"] = logits.logsumexp(-1).square().sum() / tokens
         return losses
 
 
+# Tokens that float32 counts one by one.
+_EXACT = 2**24
 _HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -210,16 +209,6 @@ class _Logits(torch.autograd.Function):
             if ctx.needs_input_grad[1]:
                 of_weight = (gradient.T @ tokens.to(gradient.dtype)).to(weight.dtype)
         return of_tokens, of_weight
-
-
-# Sigmoids of one token may all underflow. A sum is taken to be at least this: small enough to change nothing else, and large
-# enough that a gradient divided by it is finite (and zero, times the slope of such a sigmoid).
-_LEAST_SUM = 1e-20
-
-
-def _normalised(scores: Tensor) -> Tensor:
-    """Scores scaled to add up to 1 over the last axis."""
-    return scores / scores.sum(-1, keepdim=True).clamp_min(_LEAST_SUM)
 
 
 def beyond_capacity(experts: Tensor, weights: Tensor, num_experts: int, room: int) -> Tensor:

@@ -141,7 +141,7 @@ def metadata_bytes(
     if ranks == 1 or dispatcher == "local":
         return 0.0
     # Numbers of 8 bytes that say how much is to come, for each chunk; and one that says whether all is well.
-    numbers = {"all_to_all": config.num_experts // ranks, "per_rank": 2, "all_gather": 1}
+    numbers = {"all_to_all": config.num_experts // ranks, "per_rank": 2, "all_gather": 1 + ranks}
     choices = {
         "all_to_all": Fraction(0),
         "per_rank": Fraction(config.top_k * (ranks - 1), ranks),

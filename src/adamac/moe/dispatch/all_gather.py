@@ -13,14 +13,17 @@ from adamac.moe.dispatch.all_to_all import finite_column
 from adamac.moe.dispatch.common import Meter, OverRanks, Sent, divided, local_experts, refuse_not_finite
 from adamac.moe.dispatch.exchange import Gather, Scatter, Started, exchanged, finish, start
 from adamac.moe.routing import Routing
-from adamac.moe.rows import Order, gathered, narrow, segment_lengths, spread
+from adamac.moe.rows import Order, by_label, gathered, spread
+
+# What stands for no expert; below all of them, also after this rank's first is taken off.
+_NOWHERE = -1
 
 
 class AllGather(OverRanks):
     """Gathers all rows, experts and weights on all ranks, and reduce-scatters weighted partial sums.
 
     Ranks with fewer tokens than others send padding, as the collectives want equal parts. A first small message says
-    how many tokens there are; reading it waits for the device, and counting the rows for this rank's experts does again.
+    how many tokens there are, and how many rows each rank's experts will get; reading it waits for the device, once a layer.
     """
 
     def send(
@@ -31,32 +34,58 @@ class AllGather(OverRanks):
         local = local_experts(routing.num_experts, self.ranks)
         parts = divided(rows, routing, chunks)
         with meter.clock.stage("send"):
-            longest = self._announce([routed.tokens for _, routed in parts], routing, meter)
+            announced = self._announce([routed for _, routed in parts], meter)
             return [
-                self._send_chunk(*part, length, local, meter)
-                for part, length in zip(parts, longest, strict=True)
+                self._send_chunk(*part, *lengths, local, meter)
+                for part, lengths in zip(parts, announced, strict=True)
             ]
 
-    def _announce(self, tokens: list[int], routing: Routing, meter: Meter) -> list[int]:
-        """Tell all ranks how many tokens each chunk has here: the most that any rank has, by chunk."""
-        own = routing.experts.new_tensor([tokens])
-        own = torch.cat([own, finite_column(routing, own)], 1)
-        *lengths, fine = exchanged(own, Gather(self.group, "metadata", meter.traffic)).T.tolist()
-        refuse_not_finite(fine)
-        return [max(of_ranks) for of_ranks in lengths]
+    def _announce(self, parts: list[Routing], meter: Meter) -> list[tuple[int, int]]:
+        """Tell all ranks how many tokens each chunk has here, and how many choices of each rank's experts.
 
-    def _send_chunk(self, rows: Tensor, routing: Routing, longest: int, local: int, meter: Meter) -> Sent:
-        short = (0, 0, 0, longest - routing.tokens)
-        experts = routing.experts.int()
+        Returns:
+            By chunk, the most tokens that any rank has, and the rows that this rank's experts get.
+        """
+        numbers = [
+            number
+            for routed in parts
+            for number in (
+                routed.experts.new_full((1,), routed.tokens),
+                routed.load().view(self.ranks, -1).sum(1),
+            )
+        ]
+        own = torch.cat([*numbers, *finite_column(parts[0], numbers[0].unsqueeze(0))])
+        told = exchanged(own.unsqueeze(0), Gather(self.group, "metadata", meter.traffic)).tolist()
+        refuse_not_finite([of_rank[-1] for of_rank in told])
+        places = range(0, len(parts) * (1 + self.ranks), 1 + self.ranks)
+        return [
+            (
+                max(of_rank[place] for of_rank in told),
+                sum(of_rank[place + 1 + self.rank] for of_rank in told),
+            )
+            for place in places
+        ]
+
+    def _send_chunk(
+        self, rows: Tensor, routing: Routing, longest: int, arriving: int, local: int, meter: Meter
+    ) -> Sent:
+        experts, weights = routing.experts.int(), routing.weights
         if routing.dropped is not None:
-            experts = experts.masked_fill(routing.dropped, -1)
+            experts = experts.masked_fill(routing.dropped, _NOWHERE)
+        if longest > routing.tokens:
+            short = (0, 0, 0, longest - routing.tokens)
+            experts, weights, rows = (
+                pad(experts, short, value=_NOWHERE),
+                pad(weights, short),
+                pad(rows, short),
+            )
         aside = Gather(self.group, "metadata", meter.traffic)
         travelling = (
-            start(pad(experts, short, value=-1), aside),
-            start(pad(routing.weights, short), aside),
-            start(pad(rows, short), Gather(self.group, "payload", meter.traffic)),
+            start(experts, aside),
+            start(weights, aside),
+            start(rows, Gather(self.group, "payload", meter.traffic)),
         )
-        return _Gathered(self.group, travelling, self.rank * local, local, routing.tokens, meter)
+        return _Gathered(self.group, travelling, self.rank * local, local, routing.tokens, arriving, meter)
 
 
 @dataclass
@@ -66,6 +95,7 @@ class _Gathered:
     first: int
     local: int
     tokens: int
+    arriving: int
     meter: Meter
     order: Order | None = None
     weights: Tensor | None = None
@@ -76,11 +106,8 @@ class _Gathered:
         with self.meter.clock.stage("send"):
             experts, self.weights = (finish(travelling) for travelling in aside)
         with self.meter.clock.stage("permute"):
-            here = experts.long() - self.first
-            here = here.masked_fill((here < 0) | (here >= self.local), self.local).flatten()
-            labels, flat = narrow(here, self.local).sort(stable=True)
-            counts = segment_lengths(labels, self.local)
-            self.order = Order.of(flat[: int(counts.sum())], *experts.shape, full=False)
+            # Other ranks' experts, dropped choices and padding have no row here.
+            self.order, counts = by_label(experts - self.first, self.local, self.arriving)
         with self.meter.clock.stage("send"):
             rows = finish(payload)
         with self.meter.clock.stage("permute"):

@@ -11,7 +11,7 @@ from torch import Tensor
 from adamac.moe.dispatch.common import Meter, OverRanks, Sent, divided, local_experts, refuse_not_finite
 from adamac.moe.dispatch.exchange import Splits, Started, exchanged, finish, start
 from adamac.moe.routing import Routing
-from adamac.moe.rows import Order, by_expert, gathered, narrow, spread
+from adamac.moe.rows import Order, by_expert, by_run, gathered, spread
 
 
 class AllToAll(OverRanks):
@@ -56,12 +56,15 @@ class AllToAll(OverRanks):
             The rows that come here, ``[ranks, chunks, local_experts]`` by where from; and by chunk and rank, those that go
             out and those that come here.
         """
-        arrived, fine = announced(counts.flatten(1), routing, self.group, meter)
-        there = arrived.view_as(counts)
-        *totals, fine = torch.cat([counts.sum(2).T, there.sum(2).T, fine]).tolist()
-        refuse_not_finite(fine)
-        chunks = counts.shape[1]
-        return there, totals[:chunks], totals[chunks:]
+        sent, arrived = announced(counts.flatten(1), routing, self.group, meter)
+        numbers = torch.stack([sent, arrived]).tolist()
+        refuse_not_finite([of_rank[-1] for of_rank in numbers[1]])
+        local, ends = counts.shape[2], range(counts.shape[2], sent.shape[1], counts.shape[2])
+        # Added up here: the device would need a launch for each sum.
+        out, back = (
+            [[sum(of_rank[end - local : end]) for of_rank in side] for end in ends] for side in numbers
+        )
+        return arrived[:, :-1].view_as(counts), out, back
 
 
 def announced(
@@ -76,12 +79,13 @@ def announced(
         meter: What counts.
 
     Returns:
-        The numbers that came from each rank, ``[ranks, n]``, and whether its logits were finite, ``[1, ranks]`` 0 or 1.
+        What went to each rank and what came from each, ``[ranks, n + 1]``: the numbers, and whether the sender's logits were
+        finite, 0 or 1.
     """
     one_each = [1] * len(numbers)
     splits = Splits(group, one_each, one_each, "metadata", meter.traffic)
-    arrived = exchanged(torch.cat([numbers, finite_column(routing, numbers)], 1), splits)
-    return arrived[:, :-1], arrived[:, -1:].T
+    sent = torch.cat([numbers, finite_column(routing, numbers)], 1)
+    return sent, exchanged(sent, splits)
 
 
 def finite_column(routing: Routing, like: Tensor) -> Tensor:
@@ -105,7 +109,7 @@ class _Copies:
         with self.meter.clock.stage("permute"):  # the order is found while the rows still travel
             counts = self.there.sum(0)
             if min(self.there.shape) > 1:  # else rank after rank is expert after expert already
-                self.regrouped = _expert_by_expert(self.there, sum(self.splits.back))
+                self.regrouped = by_run(self.there, sum(self.splits.back))
         with self.meter.clock.stage("send"):
             rows = finish(self.travelling)
         if self.regrouped is not None:
@@ -123,11 +127,3 @@ class _Copies:
     def collect(self) -> Tensor:
         with self.meter.clock.stage("collect"):
             return gathered(finish(self.travelling), self.order, self.weights)
-
-
-def _expert_by_expert(there: Tensor, rows: int) -> Order:
-    """Sort rows that lie rank by rank, and expert by expert within, by expert."""
-    ranks, local = there.shape
-    experts = torch.arange(local, device=there.device).repeat(ranks)
-    labels = experts.repeat_interleave(there.flatten(), output_size=rows)
-    return Order.of(narrow(labels, local).sort(stable=True).indices, rows, 1, full=True)

@@ -124,12 +124,16 @@ class Started:
 def start(rows: Tensor, collective: Collective) -> Started:
     """Start an exchange of rows, differentiable in them."""
     travelling = Travelling(collective)
-    return Started(travelling, _Start.apply(rows, travelling))
+    if torch.is_grad_enabled() and rows.requires_grad:
+        return Started(travelling, _Start.apply(rows, travelling))
+    return Started(travelling, travelling.set_out(rows, "forward"))
 
 
 def finish(started: Started) -> Tensor:
     """Wait for an exchange: the rows that arrived."""
-    return _Finish.apply(started.rows, started.travelling)
+    if torch.is_grad_enabled() and started.rows.requires_grad:
+        return _Finish.apply(started.rows, started.travelling)
+    return started.travelling.arrive()
 
 
 def exchanged(rows: Tensor, collective: Collective) -> Tensor:

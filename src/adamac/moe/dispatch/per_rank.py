@@ -16,7 +16,7 @@ from adamac.moe.dispatch.all_to_all import announced
 from adamac.moe.dispatch.common import Meter, OverRanks, Sent, divided, local_experts, refuse_not_finite
 from adamac.moe.dispatch.exchange import Splits, Started, finish, start
 from adamac.moe.routing import Routing
-from adamac.moe.rows import Order, gathered, narrow, segment_lengths, spread
+from adamac.moe.rows import Order, by_label, gathered, spread
 
 
 class PerRank(OverRanks):
@@ -45,13 +45,11 @@ class PerRank(OverRanks):
         self, choices: list[_Choices], routing: Routing, meter: Meter
     ) -> list[tuple[Splits, Splits]]:
         """Tell each rank how many rows and choices it gets; return, by chunk, how rows are split and how choices are."""
-        numbers = torch.stack(
-            [count for chosen in choices for count in (chosen.needed.sum(0), chosen.counts)], 1
-        )
-        arrived, fine = announced(numbers, routing, self.group, meter)
-        *lengths, fine = torch.cat([numbers.T, arrived.T, fine]).tolist()
+        numbers = torch.stack([count for chosen in choices for count in (chosen.copied, chosen.counts)], 1)
+        # A list for each number, of ranks.
+        told = torch.stack(announced(numbers, routing, self.group, meter)).mT.tolist()
+        (*out, _), (*back, fine) = told
         refuse_not_finite(fine)
-        out, back = lengths[: 2 * len(choices)], lengths[2 * len(choices) :]
         return [
             (
                 Splits(self.group, out[place], back[place], "payload", meter.traffic),
@@ -71,10 +69,10 @@ class PerRank(OverRanks):
         meter: Meter,
     ) -> Sent:
         with meter.clock.stage("permute"):
-            copies = _copies(choices, splits.out, routing.tokens, self.ranks)
-            kept = sum(aside.out)
-            rows, weights = spread(rows, copies), _reordered(routing.weights, choices.order)[:kept]
-            experts = _marked(choices, local)[:kept]
+            copies = choices.copies.first(sum(splits.out))
+            kept = choices.order.first(sum(aside.out))
+            rows, weights = spread(rows, copies), _reordered(routing.weights, kept)
+            experts = _marked(routing, kept, local, self.ranks)
         with meter.clock.stage("send"):
             travelling = (
                 start(experts, aside),
@@ -86,53 +84,45 @@ class PerRank(OverRanks):
 
 @dataclass
 class _Choices:
-    """The choices of all tokens, sorted by rank and by token within.
+    """Where choices and rows go. How many there are is not known here yet: both orders are as long as they can be.
 
     Attributes:
-        order: ``[tokens * top_k]`` int64, the places of the choices, dropped ones last.
-        experts: ``[tokens * top_k]``, the experts in that order.
-        owner: ``[tokens * top_k]``, token x ranks + rank, in that order.
+        order: Of the choices, by rank and by token within.
         counts: ``[ranks]`` int64, choices of each rank.
-        needed: ``[tokens, ranks]`` bool, whether a token has any choice on a rank.
+        copies: Of the rows, one for each rank that a token has any choice on.
+        copied: ``[ranks]`` int64, rows for each rank.
     """
 
-    order: Tensor
-    experts: Tensor
-    owner: Tensor
+    order: Order
     counts: Tensor
-    needed: Tensor
+    copies: Order
+    copied: Tensor
 
 
 def _by_rank(routing: Routing, local: int, ranks: int) -> _Choices:
     rank = routing.experts // local
     if routing.dropped is not None:
         rank = rank.masked_fill(routing.dropped, ranks)
-    needed = torch.zeros(routing.tokens, ranks + 1, dtype=torch.bool, device=rank.device)
-    needed = needed.scatter_(1, rank, True)[:, :ranks]
-    labels, order = narrow(rank.flatten(), ranks).sort(stable=True)
-    counts = segment_lengths(labels, ranks)
-    owner = order // routing.top_k * ranks + labels
-    return _Choices(order, routing.experts.flatten()[order], owner, counts, needed)
+    needed = rank.new_full((routing.tokens, ranks + 1), ranks).scatter_(1, rank, rank)[:, :ranks]
+    order, counts = by_label(rank, ranks, rank.numel(), full=routing.dropped is None)
+    copies, copied = by_label(needed, ranks, needed.numel())
+    return _Choices(order, counts, copies, copied)
 
 
-def _copies(choices: _Choices, rows: list[int], tokens: int, ranks: int) -> Order:
-    """The order of the rows that are sent: by rank, and by token within."""
-    # How many there are is known on the host by now, so that finding them need not wait.
-    places = torch.nonzero_static(choices.needed.T.flatten(), size=sum(rows)).squeeze(1)
-    rank, token = places // max(1, tokens), places % max(1, tokens)
-    return Order.of(token * ranks + rank, tokens, ranks, full=False)
+def _reordered(weights: Tensor, order: Order) -> Tensor:
+    """Weights in the order of the choices."""
+    return spread(
+        weights.reshape(-1, 1), Order(order.flat, order.where.view(-1, 1), order.full, order.flat)
+    ).squeeze(1)
 
 
-def _reordered(weights: Tensor, order: Tensor) -> Tensor:
-    """Weights in the order of the choices; all of them, so that a gradient is a permutation."""
-    return spread(weights.reshape(-1, 1), Order.of(order, len(order), 1, full=True)).squeeze(1)
-
-
-def _marked(choices: _Choices, local: int) -> Tensor:
+def _marked(routing: Routing, order: Order, local: int, ranks: int) -> Tensor:
     """What is said of a choice: twice its expert's number over there, plus one if it is the first of its row."""
-    first = torch.ones_like(choices.owner, dtype=torch.bool)
-    first[1:] = choices.owner[1:] != choices.owner[:-1]
-    return (choices.experts % local * 2 + first).int().unsqueeze(1)
+    experts = routing.experts.flatten()[order.flat]
+    owner = order.source * ranks + experts // local
+    first = torch.ones_like(owner, dtype=torch.bool)
+    first[1:] = owner[1:] != owner[:-1]
+    return (experts % local * 2 + first).int().unsqueeze(1)
 
 
 @dataclass
@@ -158,11 +148,10 @@ class _Copies:
             # A row's choices lie together: a choice's place among them is its distance from the first.
             begins = torch.searchsorted(row, torch.arange(copies, device=row.device))
             slot = row * self.slots + torch.arange(len(row), device=row.device) - begins[row]
-            experts, by_expert = narrow(marked >> 1, self.local).sort(stable=True)
-            self.order = Order.of(slot[by_expert], copies, self.slots, full=False)
+            labels = marked.new_full((copies * self.slots,), -1).index_put((slot,), marked >> 1)
+            self.order, counts = by_label(labels.view(copies, self.slots), self.local, len(row))
             empty = weights.new_zeros(copies * self.slots)
             self.weights = empty.index_put((slot,), weights.squeeze(1)).view(copies, self.slots)
-            counts = segment_lengths(experts, self.local)
         with self.meter.clock.stage("send"):
             rows = finish(payload)
         with self.meter.clock.stage("permute"):

@@ -9,7 +9,7 @@ float32 and never writes the copies that ``torch`` picks first.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,23 +27,80 @@ class Order:
         flat: ``[n]`` int64, the place in ``where``, seen as one row, that each sorted row fills.
         where: ``[tokens, slots]`` int64, the sorted row of each of a token's slots, -1 where there is none.
         full: Whether no slot is empty.
+        sources: ``[n]`` int64, :attr:`source` where it is known already.
     """
 
     flat: Tensor
     where: Tensor
     full: bool
-
-    @classmethod
-    def of(cls, flat: Tensor, tokens: int, slots: int, *, full: bool) -> Order:
-        """Take the slots in the order of the sorted rows."""
-        where = flat.new_empty(tokens * slots) if full else flat.new_full((tokens * slots,), -1)
-        where[flat] = torch.arange(len(flat), device=flat.device)
-        return cls(flat, where.view(tokens, slots), full)
+    sources: Tensor | None = None
 
     @property
     def source(self) -> Tensor:
         """``[n]`` int64, the token that each sorted row came from."""
+        if self.sources is not None:
+            return self.sources
         return self.flat // max(1, self.where.shape[1])
+
+    def first(self, rows: int) -> Order:
+        """The same order of so many rows: of one that was made longer before it was known how many there are."""
+        return replace(
+            self, flat=self.flat[:rows], sources=None if self.sources is None else self.sources[:rows]
+        )
+
+
+def by_label(
+    labels: Tensor, number: int, rows: int | None = None, *, full: bool = False, impl: Impl = "auto"
+) -> tuple[Order, Tensor]:
+    """Sort slots by label, and by place within: slots with a label outside 0 to ``number - 1`` are empty.
+
+    Args:
+        labels: ``[tokens, slots]`` integers.
+        number: How many labels there are.
+        rows: How many slots are not empty; if not given and not ``full``, it is read, which waits for the device.
+        full: Says that no slot is empty.
+        impl: ``"torch"``, ``"triton"`` or ``"auto"``.
+
+    Returns:
+        The order, and the rows of each label: ``[number]`` int64.
+    """
+    if _by_kernel(impl, labels) and labels.numel():
+        from adamac.moe.rows import triton as kernels
+
+        flat, where, sources, counts = kernels.sorting(labels, number)
+        order = Order(flat, where, full, sources)
+    else:
+        # Beyond all labels and below all of them is the same: outside.
+        outside = labels if full else torch.where(labels < 0, number, labels).clamp_max(number)
+        ordered, flat = narrow(outside.flatten(), number).sort(stable=True)
+        counts = segment_lengths(ordered, number)
+        places = torch.arange(len(flat), device=labels.device)
+        where = torch.empty_like(flat)
+        where[flat] = places if full else places.masked_fill(ordered >= number, -1)
+        order = Order(flat, where.view(labels.shape), full)
+    if full:
+        return order, counts
+    rows = int(counts.sum()) if rows is None else rows
+    return order.first(rows), counts
+
+
+def by_run(lengths: Tensor, rows: int, *, impl: Impl = "auto") -> Order:
+    """Sort rows that lie in runs, outer after outer and inner after inner within, by inner first.
+
+    Args:
+        lengths: ``[outer, inner]`` int64, of each run.
+        rows: Their sum.
+        impl: ``"torch"``, ``"triton"`` or ``"auto"``.
+    """
+    if _by_kernel(impl, lengths) and rows:
+        from adamac.moe.rows import triton as kernels
+
+        flat, where = kernels.by_run(lengths, rows)
+        return Order(flat, where.unsqueeze(1), True, flat)
+    outer, inner = lengths.shape
+    labels = torch.arange(inner, device=lengths.device).repeat(outer)
+    labels = labels.repeat_interleave(lengths.flatten(), output_size=rows)
+    return by_label(labels.unsqueeze(1), inner, full=True, impl="torch")[0]
 
 
 def by_expert(routing: Routing) -> tuple[Order, Tensor]:
@@ -54,15 +111,10 @@ def by_expert(routing: Routing) -> tuple[Order, Tensor]:
     Returns:
         The order, and the rows of each expert: ``[num_experts]`` int64.
     """
-    experts = routing.experts.flatten()
+    experts, full = routing.experts, routing.dropped is None
     if routing.dropped is not None:
-        experts = experts.masked_fill(routing.dropped.flatten(), routing.num_experts)
-    experts, flat = narrow(experts, routing.num_experts).sort(stable=True)
-    counts = segment_lengths(experts, routing.num_experts)
-    full = routing.dropped is None
-    if not full:
-        flat = flat[: int(counts.sum())]
-    return Order.of(flat, routing.tokens, routing.top_k, full=full), counts
+        experts = experts.masked_fill(routing.dropped, routing.num_experts)
+    return by_label(experts, routing.num_experts, full=full)
 
 
 def narrow(labels: Tensor, number: int) -> Tensor:
@@ -78,7 +130,9 @@ def segment_lengths(labels: Tensor, number: int) -> Tensor:
 
 def spread(rows: Tensor, order: Order, *, impl: Impl = "auto") -> Tensor:
     """Copy each token's row to all its slots: ``[tokens, width]`` to ``[n, width]``."""
-    return _Spread.apply(rows, order, impl)
+    if _differentiated(rows):
+        return _Spread.apply(rows, order, impl)
+    return rows[order.source]
 
 
 def gathered(rows: Tensor, order: Order, weights: Tensor | None = None, *, impl: Impl = "auto") -> Tensor:
@@ -93,7 +147,9 @@ def gathered(rows: Tensor, order: Order, weights: Tensor | None = None, *, impl:
     Returns:
         ``[tokens, width]``.
     """
-    return _Gathered.apply(rows, weights, order, impl)
+    if _differentiated(rows, weights):
+        return _Gathered.apply(rows, weights, order, impl)
+    return _sums(rows, order, weights, impl)
 
 
 class _Spread(torch.autograd.Function):
@@ -130,6 +186,11 @@ class _Gathered(torch.autograd.Function):
         return *reference.gradients(rows, ctx.order, weights, gradients[0]), None, None
 
 
+def _differentiated(*tensors: Tensor | None) -> bool:
+    """Whether autograd has to know; telling it costs the host as much as an operation."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 def _sums(rows: Tensor, order: Order, weights: Tensor | None, impl: Impl) -> Tensor:
     if chosen(impl, rows) == "triton":
         from adamac.moe.rows import triton as kernels
@@ -138,3 +199,8 @@ def _sums(rows: Tensor, order: Order, weights: Tensor | None, impl: Impl) -> Ten
     from adamac.moe.rows import reference
 
     return reference.sums(rows, order, weights)
+
+
+def _by_kernel(impl: Impl, indices: Tensor) -> bool:
+    """Whether a kernel puts these in order; the dtype that :func:`chosen` asks for is that of rows, and there are none here."""
+    return chosen(impl, indices.new_empty(0, dtype=torch.float32)) == "triton"

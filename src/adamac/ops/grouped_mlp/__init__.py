@@ -3,7 +3,8 @@
 ``separate`` is that, one after another, through :func:`adamac.ops.grouped_mm.grouped_mm`. Between the products lie the widest rows of
 the layer, top_k times as many as tokens: an activation of its own reads and writes them once more, and its backward three
 times. ``fused`` does it where the first product has them in registers, in both directions; what it leaves to PyTorch are the
-products without an activation beside them.
+products without an activation beside them. On an H100 it gained nothing over PyTorch's faster products, so that ``auto`` is
+``separate`` (docs/decisions/activation-stays-apart.md).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from adamac.ops.grouped_mm import GroupedImpl, grouped_mm, torch_problem
+from adamac.ops.grouped_mm import GroupedImpl, ends_of, grouped_mm, torch_problem
 from adamac.ops.launch import interpreted, triton_problem
 
 MlpImpl = Literal["auto", "fused", "torch", "reference"]
@@ -62,8 +63,9 @@ def grouped_mlp(
 
             return kernels.grouped_mlp(rows, up, down, counts, activation)
     through: GroupedImpl = "auto" if impl == "fused" else impl
-    inner = grouped_mm(rows, up, counts, impl=through)
-    return grouped_mm(activate(inner, activation, gated=gated), down, counts, impl=through)
+    ends = ends_of(counts)
+    inner = grouped_mm(rows, up, counts, impl=through, ends=ends)
+    return grouped_mm(activate(inner, activation, gated=gated), down, counts, impl=through, ends=ends)
 
 
 def activate(inner: Tensor, activation: str, *, gated: bool = False) -> Tensor:

@@ -19,7 +19,9 @@ GroupedImpl = Literal["auto", "torch", "reference"]
 _STEP = 16
 
 
-def grouped_mm(rows: Tensor, weights: Tensor, counts: Tensor, *, impl: GroupedImpl = "auto") -> Tensor:
+def grouped_mm(
+    rows: Tensor, weights: Tensor, counts: Tensor, *, impl: GroupedImpl = "auto", ends: Tensor | None = None
+) -> Tensor:
     """Multiply each group's rows by its matrix; differentiable in rows and weights.
 
     Args:
@@ -27,6 +29,7 @@ def grouped_mm(rows: Tensor, weights: Tensor, counts: Tensor, *, impl: GroupedIm
         weights: ``[groups, width_in, width_out]`` in the dtype of the rows.
         counts: ``[groups]`` integers that add up to ``n``; 0 is an empty group.
         impl: ``"torch"``, ``"reference"`` or ``"auto"``, which is ``"torch"`` where that works.
+        ends: :func:`ends_of` the counts, where several products share them.
 
     Returns:
         ``[n, width_out]``.
@@ -37,11 +40,17 @@ def grouped_mm(rows: Tensor, weights: Tensor, counts: Tensor, *, impl: GroupedIm
     _check(rows, weights, counts)
     # Without rows there is nothing to launch, and not every kernel takes that.
     if chosen(impl, rows, weights) == "torch" and len(rows):
-        ends = counts.cumsum(0, dtype=torch.int32)
-        return _ContiguousGradient.apply(torch.nn.functional.grouped_mm(rows, weights, offs=ends))
+        ends = ends_of(counts) if ends is None else ends
+        product = torch.nn.functional.grouped_mm(rows, weights, offs=ends)
+        return _ContiguousGradient.apply(product) if product.requires_grad else product
     from adamac.ops.grouped_mm import reference
 
     return reference.grouped_mm(rows, weights, counts)
+
+
+def ends_of(counts: Tensor) -> Tensor:
+    """Where each group's rows end: ``[groups]`` int32."""
+    return counts.cumsum(0, dtype=torch.int32)
 
 
 def chosen(impl: GroupedImpl, rows: Tensor, weights: Tensor) -> Literal["torch", "reference"]:

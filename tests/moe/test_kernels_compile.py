@@ -1,0 +1,43 @@
+"""The interpreter forgives what a compiler does not: every kernel of a layer is compiled for Hopper, GPU or not."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+PROGRAM = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from adamac.moe.rows import triton as rows
+from adamac.ops.gate import triton as gate
+
+POINTERS = {
+    "logits": "*fp32", "bias": "*fp32", "weights": "*fp32", "sums": "*fp32", "of_weights": "*fp32", "of_mass": "*fp32",
+    "out": "*fp32", "chosen": "*i64", "labels": "*i64", "counts": "*i32", "ends": "*i64", "flat": "*i64",
+    "sources": "*i64", "where": "*i64", "lengths": "*i64",
+}
+
+
+def compiled(kernel, **constants):
+    signature = {name: "constexpr" if name in constants else POINTERS.get(name, "i32") for name in kernel.arg_names}
+    compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32))
+
+
+for softmax in (True, False):
+    shape = {"TOP_K": 8, "SOFTMAX": softmax, "NORMALISE": not softmax, "BLOCK": 32, "EXPERTS": 64}
+    compiled(gate._gate, SLOTS=8, BIASED=not softmax, **shape)
+    compiled(gate._gradient, OF_WEIGHTS=True, OF_MASS=True, **shape)
+compiled(rows._count, BLOCK=256, NUMBER=64)
+compiled(rows._place, BLOCK=256, NUMBER=64)
+compiled(rows._runs, RUNS=64, ALL=64, BLOCK=256)
+print("compiled")
+"""
+
+
+def test_kernels_of_the_router_and_of_sorting_compile_for_hopper():
+    command = [sys.executable, "-c", PROGRAM]
+    answer = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "0"}
+    )
+    assert answer.stdout.strip() == "compiled", answer.stderr[-3000:]
