@@ -68,7 +68,7 @@ def _launch(row_bytes: int) -> tuple[int, int, int]:
     return (64, 32, 2) if row_bytes <= 512 else (32, 16, 1)
 
 
-@triton.jit(do_not_specialize=["tokens", "clusters", "stride_b", "stride_h", "stride_n"])
+@triton.jit(do_not_specialize=["tokens", "clusters"])
 def _nearest(
     points,
     centroids,

@@ -66,7 +66,7 @@ def _warps(mode: str, width: int) -> int:
     return 1 if mode == "centroid" and width <= 128 else 4
 
 
-@triton.jit(do_not_specialize=["tokens", "number", "stride_b", "stride_h", "stride_n"])
+@triton.jit(do_not_specialize=["tokens", "number"])
 def _moments(
     values,
     order,
