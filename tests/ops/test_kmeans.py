@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from adamac.ops import kmeans as kmeans_module
 from adamac.ops.kmeans import distances, kmeans, nearest, spread_tokens
+from adamac.ops.kmeans import triton as kernels
 from adamac.testing import attention_like
 
 
@@ -36,7 +37,8 @@ def test_the_largest_cosine_wins_under_the_cosine_metric(points):
 def test_ties_go_to_the_lower_index(device):
     points = torch.zeros(1, 1, 4, 3, device=device)
     assert torch.equal(
-        nearest(points, torch.ones(1, 1, 5, 3, device=device)), torch.zeros(1, 1, 4, device=device).long()
+        nearest(points, torch.ones(1, 1, 5, 3, device=device), impl="torch"),
+        torch.zeros(1, 1, 4, device=device).long(),
     )
 
 
@@ -151,11 +153,29 @@ def test_the_kernel_finds_a_centroid_as_near_as_the_nearest(shape, dtype, metric
     assert (own >= gain.amax(-1) - slack * points.double().norm(dim=-1).clamp_min(1) ** 2).all()
 
 
-def test_the_kernel_gives_ties_to_the_lower_index(device):
-    points = torch.ones(1, 1, 40, 16, device=device)
-    centroids = torch.ones(1, 1, 50, 16, device=device)
+@pytest.mark.parametrize(("sign", "expected"), [(1, 3), (-1, 15)])
+def test_the_kernel_gives_ties_to_the_first_or_last_of_the_first_block(sign, expected, device, monkeypatch):
+    monkeypatch.setattr(kernels, "_launch", lambda row_bytes: (16, 16, 1))
+    points = torch.full((1, 1, 40, 16), float(sign), device=device)
+    centroids = torch.ones(1, 1, 50, 16, device=device)  # nearer than the origin, or farther
     centroids[:, :, :3] = 5
-    assert (nearest(points, centroids, impl="triton") == 3).all()
+    assert (nearest(points, centroids, impl="triton") == expected).all()
+
+
+@pytest.mark.parametrize("clusters", [1, 16, 17, 50])
+@pytest.mark.filterwarnings("ignore:(invalid|overflow|All-NaN)")
+def test_what_fills_up_the_last_block_is_never_nearest(clusters, device, monkeypatch):
+    monkeypatch.setattr(kernels, "_launch", lambda row_bytes: (16, 16, 1))
+    points = torch.randn(1, 2, 40, 16, device=device) * torch.logspace(-3, 3, 40, device=device)[:, None]
+    points[:, :, 0], points[:, :, 1], points[:, :, 2] = (
+        torch.nan,
+        torch.inf,
+        3e38,
+    )  # padding may hold anything
+    for metric in ("euclidean", "cosine"):
+        labels = nearest(points, torch.randn(1, 2, clusters, 16, device=device) - 9, metric, impl="triton")
+        assert (labels >= 0).all()
+        assert (labels < clusters).all()
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])

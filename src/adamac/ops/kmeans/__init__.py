@@ -46,13 +46,13 @@ class Lloyd:
 def nearest(
     points: Tensor, centroids: Tensor, metric: Metric = "euclidean", *, impl: Impl = "auto"
 ) -> Tensor:
-    """Find the nearest centroid of every point; ties go to the lower index.
+    """Find the nearest centroid of every point; ties go to the lower index (in the kernel, to the same one always).
 
     Args:
         points: ``[batch, heads, tokens, dim]``.
         centroids: ``[batch, heads, clusters, dim]``.
         metric: ``"euclidean"``, or ``"cosine"`` for the largest cosine.
-        impl: ``"torch"``, ``"triton"`` (which rounds centroids to the points' dtype) or ``"auto"``.
+        impl: ``"torch"``, ``"triton"`` (which rounds centroids to the points' dtype, and similarities to 17 bits) or ``"auto"``.
 
     Returns:
         ``[batch, heads, tokens]`` int64, or int32 from the kernel.

@@ -2,6 +2,10 @@
 
 Similarities are computed by the matrix units from the points' own dtype and held, like norms, in float32. Centroids are
 rounded to that dtype first; the offset is that of the rounded centroid, so the label is that of the nearest rounded one.
+
+The last six bits of a similarity make room for the place of its centroid in the block, so that one maximum finds both: with
+places beside them a block takes half as many instructions again, more than the matrix units need for its products. What is
+compared is thus 17 bits of the similarity, where a product of bfloat16 values begins with 8.
 """
 
 from __future__ import annotations
@@ -13,12 +17,18 @@ from torch import Tensor
 
 from adamac.ops.launch import interpreted, power_of_two
 
+# Offset of what fills up the last block.
+_FARTHEST = -3e38
+
 
 def nearest(points: Tensor, centroids: Tensor, euclidean: bool) -> Tensor:
-    """Find the nearest centroid of every point; ties go to the lower index.
+    """Find the nearest centroid of every point, to 17 bits of the similarity.
+
+    Of equally near centroids it is always the same one: of the first block that has one, the first if the similarity is
+    positive, that is, if they are nearer to the point than the origin is or their cosine is positive; else the last.
 
     Args:
-        points: ``[batch, heads, tokens, dim]``, the last dimension contiguous.
+        points: ``[batch, heads, tokens, dim]``.
         centroids: ``[batch, heads, clusters, dim]``, on the unit sphere if not ``euclidean``.
         euclidean: Smallest distance, or else largest product.
 
@@ -28,14 +38,16 @@ def nearest(points: Tensor, centroids: Tensor, euclidean: bool) -> Tensor:
     batch, heads, tokens, dim = points.shape
     points = points if points.stride(-1) == 1 else points.contiguous()
     clusters = centroids.shape[2]
-    rounded = centroids.to(points.dtype).contiguous()
-    # argmin |p - c|^2 = argmax p.c - |c|^2 / 2
-    offset = -0.5 * rounded.float().square().sum(-1)
-    if not euclidean:
-        offset = torch.zeros_like(offset)
-    labels = torch.empty(batch, heads, tokens, dtype=torch.int32, device=points.device)
     width = max(16, power_of_two(dim))
     rows, block, stages = _launch(width * points.element_size())
+    # Whole blocks of centroids, filled up by some that are farther than any, so that the kernel masks nothing.
+    whole = triton.cdiv(clusters, block) * block
+    rounded = points.new_zeros(batch, heads, whole, dim)
+    rounded[:, :, :clusters] = centroids
+    offset = torch.full((batch, heads, whole), _FARTHEST, device=points.device)
+    # argmin |p - c|^2 = argmax p.c - |c|^2 / 2
+    offset[:, :, :clusters] = -0.5 * rounded[:, :, :clusters].float().square().sum(-1) if euclidean else 0.0
+    labels = torch.empty(batch, heads, tokens, dtype=torch.int32, device=points.device)
     with torch.cuda.device_of(points):  # Triton launches on the current device
         _nearest[(triton.cdiv(tokens, rows), batch * heads)](
             points,
@@ -44,7 +56,7 @@ def nearest(points: Tensor, centroids: Tensor, euclidean: bool) -> Tensor:
             labels,
             heads,
             tokens,
-            clusters,
+            whole,
             dim,
             *points.stride()[:3],
             ROWS=rows,
@@ -71,8 +83,8 @@ def _launch(row_bytes: int) -> tuple[int, int, int]:
 @triton.jit(do_not_specialize=["tokens", "clusters"])
 def _nearest(
     points,
-    centroids,
-    offset,
+    centroids,  # [heads, clusters, dim], whole blocks of clusters
+    offset,  # [heads, clusters]
     labels,
     heads,
     tokens,
@@ -96,20 +108,25 @@ def _nearest(
     p = tl.load(base + row.to(tl.int64)[:, None] * stride_n + column[None, :], mask=there, other=0.0)
     if UPCAST:
         p = p.to(tl.float32)
-    best = tl.full([ROWS], float("-inf"), tl.float32)
+    best = tl.full(
+        [ROWS], -1e38, tl.float32
+    )  # what fills up the last block is below it, whatever a point holds
     label = tl.zeros([ROWS], tl.int32)
+    lane = tl.arange(0, BLOCK)
+    at = centroids + (head * clusters + lane)[:, None] * dim + column[None, :]
+    shift_at = offset + head * clusters + lane
+    mark = BLOCK - 1 - lane  # of equal positive numbers the first has the largest
     for start in range(0, clusters, BLOCK):
-        cluster = start + tl.arange(0, BLOCK)
-        real = cluster < clusters
-        here = real[:, None] if FULL else real[:, None] & (column < dim)[None, :]
-        at = centroids + (head * clusters + cluster)[:, None] * dim + column[None, :]
-        c = tl.load(at, mask=here, other=0.0)
+        c = tl.load(at) if FULL else tl.load(at, mask=(column < dim)[None, :], other=0.0)
         if UPCAST:
             c = c.to(tl.float32)
-        shift = tl.load(offset + head * clusters + cluster, mask=real, other=float("-inf"))
-        similarity = tl.dot(p, c.T, input_precision=PRECISION) + shift[None, :]
-        most, index = tl.max(similarity, 1, return_indices=True)
-        better = most > best
-        label = tl.where(better, start + index, label)
-        best = tl.where(better, most, best)
+        similarity = tl.dot(p, c.T, input_precision=PRECISION) + tl.load(shift_at)[None, :]
+        marked = (similarity.to(tl.int32, bitcast=True) & -BLOCK) | mark[None, :]
+        most = tl.max(marked.to(tl.float32, bitcast=True), 1).to(tl.int32, bitcast=True)
+        level = (most & -BLOCK).to(tl.float32, bitcast=True)
+        better = level > best
+        best = tl.where(better, level, best)
+        label = tl.where(better, start + BLOCK - 1 - (most & (BLOCK - 1)), label)
+        at += BLOCK * dim
+        shift_at += BLOCK
     tl.store(labels + head * tokens + row, label, mask=row < tokens)
