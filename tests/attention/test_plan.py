@@ -66,6 +66,13 @@ def test_state_is_the_bytes_of_all_tensors(plan):
     assert replace(plan, keys=apart).state_bytes() == plan.state_bytes() + apart.centroids.nbytes
 
 
+def test_variances_are_not_kept(plan):
+    with_them = replace(plan, keys=replace(plan.keys, variances=plan.keys.means.clone()))
+    kept = with_them.kept()
+    assert kept.keys.variances is None
+    assert kept.state_bytes() == plan.kept().state_bytes()
+
+
 def broken(plan: Plan, side: str, labels: torch.Tensor, counts: torch.Tensor | None = None) -> Plan:
     members = Segments(labels, getattr(plan, side).num_clusters)
     if counts is not None:

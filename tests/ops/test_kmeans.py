@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from adamac.ops import kmeans as kmeans_module
 from adamac.ops.kmeans import distances, kmeans, nearest, spread_tokens
 from adamac.ops.kmeans import triton as kernels
+from adamac.ops.segment import segment_mean, segment_variance
 from adamac.testing import attention_like
 
 
@@ -200,3 +201,22 @@ def test_centroids_that_do_not_fit_the_points_are_refused(points, impl):
         nearest(points, centroids[:1], impl=impl)
     with pytest.raises(ValueError, match=r"centroids is on meta, the rest is on .*; move all to one device"):
         kmeans(points, centroids.to("meta"), iterations=1, impl=impl)
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_the_kernel_gives_what_lies_in_the_way_of_the_last_update(metric, device):
+    points = 5 + attention_like(2, 3, 120, 16, device=device)[1]
+    # Far from the means, which makes them hard; the last two stay with one member and with none.
+    initial = torch.cat([points[:, :, ::12] + 0.5, points[:, :, :1] + 40, points[:, :, :1] - 90], dim=2)
+    points[:, :, 7] = points[:, :, 0] + 40
+    found = kmeans(points, initial, iterations=1, metric=metric, impl="triton")
+    means = segment_mean(points, found.members)
+    if metric == "cosine":
+        torch.testing.assert_close(found.means, means)
+        assert found.variances is None
+        return
+    assert found.means is None
+    variances = segment_variance(points.double(), found.members, means.double())
+    torch.testing.assert_close(found.variances.double(), variances, rtol=1e-4, atol=1e-4)
+    assert (found.variances[found.members.counts < 2] == 0).all()
+    assert (found.members.counts < 2).any()

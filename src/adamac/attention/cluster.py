@@ -50,13 +50,15 @@ def refine(points: Tensor, start: Tensor, layout: Layout, *, iterations: int, me
 
 def regroup(points: Tensor, former: Clusters) -> Clusters:
     """Keep the former step's partition, with the means of the new tokens."""
-    return replace(former, means=segment_mean(points, former.members))
+    return replace(former, means=segment_mean(points, former.members), variances=None)
 
 
 def as_clusters(points: Tensor, found: Lloyd, metric: Metric) -> Clusters:
     """Attach mean members; on the unit sphere these are not the centroids."""
-    means = found.centroids if metric == "euclidean" else segment_mean(points, found.members)
-    return Clusters(found.members, means, found.centroids)
+    means = found.centroids if metric == "euclidean" else found.means
+    if means is None:
+        means = segment_mean(points, found.members)
+    return Clusters(found.members, means, found.centroids, found.variances)
 
 
 def tiles(points: Tensor, layout: Layout, tile: int | tuple[int, int, int]) -> Clusters:

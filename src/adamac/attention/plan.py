@@ -34,11 +34,14 @@ class Clusters:
         means: ``[batch, heads, clusters, head_dim]`` float32, mean member (not normalised).
         centroids: What a later clustering starts from: the means, or their like on the unit sphere; ``None`` if there is
             no later clustering.
+        variances: Like ``means``, the members' mean squared deviation from their mean by coordinate; ``None`` if it was not
+            asked for. It is not kept between steps.
     """
 
     members: Segments
     means: Tensor
     centroids: Tensor | None = None
+    variances: Tensor | None = None
 
     @property
     def labels(self) -> Tensor:
@@ -119,8 +122,12 @@ class Plan:
         if self.keep == "nothing":
             return None
         layout = replace(self.layout, valid=None)
-        if self.is_dense or self.keep == "plan":
+        if self.is_dense:
             return replace(self, layout=layout)
+        if self.keep == "plan":
+            queries, keys, _ = self.parts()
+            queries, keys = replace(queries, variances=None), replace(keys, variances=None)
+            return replace(self, layout=layout, queries=queries, keys=keys)
         return Plan(layout, start=tuple(map(Packed.of, self.centroids())), age=self.age)  # ty: ignore[invalid-argument-type]
 
     def centroids(self) -> tuple[Tensor, Tensor]:

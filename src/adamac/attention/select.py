@@ -54,7 +54,9 @@ def score_clusters(score: Score, query_means: Tensor, key: Tensor, keys: Cluster
     else:
         logits = query_means @ keys.means.transpose(-1, -2) * scale
     if score in ("moment", "residual"):
-        variance = segment_variance(key, keys.members, keys.means)
+        variance = keys.variances
+        if variance is None:
+            variance = segment_variance(key, keys.members, keys.means)
         logit_variance = (query_means.square() @ variance.transpose(-1, -2)) * scale**2
         logits = logits + logit_variance / 2
         if score == "residual":

@@ -37,10 +37,15 @@ class Lloyd:
         members: The points of each cluster, by the nearest centroid *before* the last update.
         centroids: ``[batch, heads, clusters, dim]``, the mean of each cluster's points (on the unit sphere for
             ``"cosine"``); an empty cluster keeps its former centroid.
+        means: Like ``centroids``, mean member, if the last update gave it beside centroids on the unit sphere.
+        variances: Like ``centroids``, the members' mean squared deviation from their mean by coordinate, if the last update
+            gave it.
     """
 
     members: Segments
     centroids: Tensor
+    means: Tensor | None = None
+    variances: Tensor | None = None
 
 
 def nearest(
@@ -114,14 +119,10 @@ def kmeans(
     """
     if iterations < 1:
         raise ValueError(f"kmeans needs at least one iteration, got {iterations}")
-    centroids = accurate(initial)
-    for _ in range(iterations):
-        labels = nearest(points, centroids, metric, impl=impl)
-        if include is not None:
-            labels = labels.masked_fill(~include, -1)
-        members = Segments(labels, centroids.shape[2])
-        centroids = _update(points, members, centroids, metric, impl)
-    return Lloyd(members, centroids)
+    found = _iterate(points, accurate(initial), metric, include, impl)
+    for _ in range(iterations - 1):
+        found = _iterate(points, found.centroids, metric, include, impl)
+    return found
 
 
 def distances(points: Tensor, labels: Tensor, centroids: Tensor) -> Tensor:
@@ -171,12 +172,22 @@ def spread_tokens(points: Tensor, clusters: int, seed: int, include: Tensor | No
     return torch.gather(points, 2, index.unsqueeze(-1).expand(-1, -1, -1, dim))
 
 
-def _update(points: Tensor, members: Segments, old: Tensor, metric: Metric, impl: Impl) -> Tensor:
+def _iterate(points: Tensor, old: Tensor, metric: Metric, include: Tensor | None, impl: Impl) -> Lloyd:
+    labels = nearest(points, old, metric, impl=impl)
+    if include is not None:
+        labels = labels.masked_fill(~include, -1)
+    return _update(points, Segments(labels, old.shape[2]), old, metric, impl)
+
+
+def _update(points: Tensor, members: Segments, old: Tensor, metric: Metric, impl: Impl) -> Lloyd:
     if chosen(impl, points) == "triton":
         from adamac.ops.segment import triton as kernels
 
-        return kernels.segment_moments(points, members, "centroid", metric == "cosine", old)[0]
+        moved, beside = kernels.segment_moments(points, members, "centroid", metric == "cosine", old)
+        if metric == "cosine":
+            return Lloyd(members, moved, means=beside)
+        return Lloyd(members, moved, variances=beside)
     counts = members.counts.unsqueeze(-1)
     sums = segment_sum(points, members, normalise=metric == "cosine", impl="torch")
     moved = torch.nn.functional.normalize(sums, dim=-1) if metric == "cosine" else sums / counts.clamp_min(1)
-    return torch.where(counts > 0, moved, old)
+    return Lloyd(members, torch.where(counts > 0, moved, old))

@@ -26,7 +26,9 @@ def segment_moments(
         values: ``[batch, heads, tokens, dim]``, the last dimension contiguous.
         segments: Of the tokens.
         mode: ``"sum"``, ``"mean"``, ``"variance"`` (about ``former``), ``"extremes"`` (minimum and maximum), or
-            ``"centroid"``: the mean, scaled to length 1 if rows are, and ``former`` for an empty segment.
+            ``"centroid"``: the mean, scaled to length 1 if rows are, and ``former`` for an empty segment; and, in the same
+            pass, the mean of the rows as they are if they are scaled, else the variance, taken about ``former``, which
+            is near enough to the mean that little cancels.
         normalise: Scale each row to length 1 first.
         former: ``[batch, heads, number, dim]``, for ``"centroid"``, and the means for ``"variance"``.
 
@@ -37,8 +39,7 @@ def segment_moments(
     values = values if values.stride(-1) == 1 else values.contiguous()
     starts, order = segments.starts, segments.order  # in this order, since the first may bring the second
     first = torch.empty(batch, heads, segments.number, dim, dtype=torch.float32, device=values.device)
-    second = torch.empty_like(first) if mode == "extremes" else first[..., :0]
-    width = power_of_two(dim)
+    second = torch.empty_like(first) if mode in ("extremes", "centroid") else first[..., :0]
     with torch.cuda.device_of(values):  # Triton launches on the current device
         _moments[(segments.number, batch * heads)](
             values,
@@ -55,15 +56,10 @@ def segment_moments(
             MODE=_MODES[mode],
             NORMALISE=normalise,
             ROWS=16 if interpreted() else 32,
-            WIDTH=width,
-            num_warps=_warps(mode, width),
+            WIDTH=power_of_two(dim),
+            num_warps=4,
         )
     return first, second
-
-
-def _warps(mode: str, width: int) -> int:
-    """Warps of a program. One is enough where registers hold a mean's rows; it has nobody to wait for at the end."""
-    return 1 if mode == "centroid" and width <= 128 else 4
 
 
 @triton.jit(do_not_specialize=["tokens", "number"])
@@ -107,7 +103,7 @@ def _moments(
         here = (place < end)[:, None] & inside[None, :]
         row = tl.load(order + head * tokens + place, mask=place < end, other=0).to(tl.int64)
         x = tl.load(base + row[:, None] * stride_n + column[None, :], mask=here, other=0.0).to(tl.float32)
-        if NORMALISE:
+        if NORMALISE and MODE != 4:
             x /= tl.maximum(tl.sqrt(tl.sum(x * x, 1)), 1e-12)[:, None]
         if MODE == 3:
             one = tl.minimum(one, tl.where(here, x, float("inf")))
@@ -115,6 +111,14 @@ def _moments(
         elif MODE == 2:
             x = tl.where(here, x - known[None, :], 0.0)
             one += x * x
+        elif MODE == 4:
+            if NORMALISE:
+                two += x
+                one += x / tl.maximum(tl.sqrt(tl.sum(x * x, 1)), 1e-12)[:, None]
+            else:
+                one += x
+                apart = tl.where(here, x - known[None, :], 0.0)
+                two += apart * apart
         else:
             one += x
     if MODE == 3:
@@ -126,7 +130,12 @@ def _moments(
         if MODE > 0:
             result /= size
         if MODE == 4:
+            beside = tl.sum(two, 0) / size
             if NORMALISE:
                 result /= tl.maximum(tl.sqrt(tl.sum(result * result, 0)), 1e-12)
+            else:
+                moved = result - known
+                beside = tl.where(end - begin > 1, tl.maximum(beside - moved * moved, 0.0), 0.0)
+            tl.store(second + out, beside, mask=inside)
             result = tl.where(begin < end, result, known)
         tl.store(first + out, result, mask=inside)
