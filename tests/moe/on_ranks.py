@@ -14,12 +14,12 @@ import torch.utils.checkpoint
 from torch import Tensor
 
 from adamac.moe import MoE, MoEConfig
-from adamac.moe.checkpoint import load_weights, save_weights
 from adamac.moe.dispatch import Dispatcher, Meter, choose
 from adamac.moe.dispatch.exchange import Started
 from adamac.moe.parallel import average_gradients, clip_gradients, expert_group, expert_mesh, shard
 from adamac.moe.routing import Routing
 from adamac.moe.timing import STAGES, StageClock
+from adamac.moe.weights import load_weights, save_weights
 
 NAMES = ("all_to_all", "per_rank", "all_gather")
 EXPERTS, WIDTH = 8, 6

@@ -10,7 +10,7 @@ import torch
 from on_ranks import Stack, gradient_errors, read_weights, write_weights
 
 from adamac.moe import MoE, preset
-from adamac.moe.checkpoint import load_weights, save_weights
+from adamac.moe.weights import load_weights, save_weights
 from adamac.testing import run_ranks
 
 CONFIG = preset("bigmac_stable", 16, num_experts=8, top_k=3, ratio=0.5, shared_ffn=4)

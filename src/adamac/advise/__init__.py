@@ -9,6 +9,7 @@ from __future__ import annotations
 from adamac.advise.cost import Cost, Work
 from adamac.advise.machine import Machine, machine_of
 from adamac.advise.moe import Comparison, Network, Prediction, compare, predict, project
+from adamac.advise.pick import fastest_dispatcher
 
 __all__ = [
     "Comparison",
@@ -18,6 +19,7 @@ __all__ = [
     "Prediction",
     "Work",
     "compare",
+    "fastest_dispatcher",
     "machine_of",
     "predict",
     "project",

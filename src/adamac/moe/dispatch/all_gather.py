@@ -121,4 +121,5 @@ class _Gathered:
 
     def collect(self) -> Tensor:
         with self.meter.clock.stage("collect"):
-            return finish(self.travelling[0])[: self.tokens]
+            sums = finish(self.travelling[0])
+            return sums if len(sums) == self.tokens else sums[: self.tokens]

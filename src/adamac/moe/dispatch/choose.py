@@ -1,4 +1,7 @@
-"""Which dispatcher a layer uses, by name or by the bytes that each would send."""
+"""Which dispatcher a layer uses, by name or by the bytes that each would send.
+
+Bytes are what can be known without the machine. Who has measured theirs asks :func:`adamac.advise.fastest_dispatcher`.
+"""
 
 from __future__ import annotations
 

@@ -18,9 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from adamac.moe.checkpoint import force
 from adamac.moe.lm.model import GPT, GPTConfig
 from adamac.moe.lm.tokenizer import Tokenizer
+from adamac.moe.weights import force
 
 KEPT = 2
 """Checkpoints that stay: one to go on from, and one before it."""

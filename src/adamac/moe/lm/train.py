@@ -25,7 +25,6 @@ from typing import Any, Protocol
 import torch
 
 from adamac._version import __version__
-from adamac.moe.checkpoint import force
 from adamac.moe.lm import checkpoint
 from adamac.moe.lm.corpus import Corpus, Order, is_corpus, prepare, unigram_bits_per_byte
 from adamac.moe.lm.evaluate import bits_per_byte, predicted
@@ -33,6 +32,7 @@ from adamac.moe.lm.learner import Diverged, Learner, Update, shares
 from adamac.moe.lm.recipe import Recipe
 from adamac.moe.lm.text import text_files
 from adamac.moe.lm.world import Left, World
+from adamac.moe.weights import force
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -61,7 +61,8 @@ def gate(
         ValueError: If the implementation that is asked for cannot run on these.
     """
     if chosen(impl, logits) == "triton" and logits.dtype == torch.float32 and len(logits):
-        return Gated(*_split(*_Gate.apply(logits, bias, top_k, score, normalise)))
+        experts, weights, mass, counted = _Gate.apply(logits, bias, top_k, score, normalise)
+        return Gated(experts, weights, mass, counted[:-1], counted[-1] == 0)
     from adamac.ops.gate import reference
 
     return reference.gate(logits, top_k, score, normalise, bias)
@@ -71,29 +72,24 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, logits: Tensor, bias: Tensor | None, top_k: int, score: str, normalise: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         from adamac.ops.gate import triton as kernels
 
         experts, weights, sums = kernels.gate(logits, bias, top_k, score, normalise)
         ctx.save_for_backward(logits, experts)
         ctx.score, ctx.normalise = score, normalise
-        ctx.mark_non_differentiable(experts)
+        mass, counted = sums[: logits.shape[1]], sums[logits.shape[1] :]
+        ctx.mark_non_differentiable(experts, counted)
         ctx.set_materialize_grads(False)
-        return experts, weights, sums
+        return experts, weights, mass, counted
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None, None, None, None]:
         from adamac.ops.gate import triton as kernels
 
         logits, experts = ctx.saved_tensors
-        _, of_weights, of_sums = gradients
-        if of_weights is None and of_sums is None:
+        _, of_weights, of_mass, _ = gradients
+        if of_weights is None and of_mass is None:
             return None, None, None, None, None
-        found = kernels.gradient(logits, experts, of_weights, of_sums, ctx.score, ctx.normalise)
+        found = kernels.gradient(logits, experts, of_weights, of_mass, ctx.score, ctx.normalise)
         return found, None, None, None, None
-
-
-def _split(experts: Tensor, weights: Tensor, sums: Tensor) -> tuple[Tensor, ...]:
-    """Of a row of sums: masses, loads, and how many tokens have a logit that is not finite."""
-    mass, load, sick = sums.split([(len(sums) - 1) // 2, (len(sums) - 1) // 2, 1])
-    return experts, weights, mass, load.detach(), sick.detach().squeeze(0) == 0

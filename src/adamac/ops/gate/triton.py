@@ -55,7 +55,7 @@ def gradient(
     logits: Tensor,
     experts: Tensor,
     of_weights: Tensor | None,
-    of_sums: Tensor | None,
+    of_mass: Tensor | None,
     score: str,
     normalise: bool,
 ) -> Tensor:
@@ -68,13 +68,13 @@ def gradient(
             logits.contiguous(),
             experts,
             logits if of_weights is None else of_weights.contiguous(),
-            logits if of_sums is None else of_sums.contiguous(),
+            logits if of_mass is None else of_mass.contiguous(),
             out,
             tokens,
             number,
             TOP_K=top_k,
             OF_WEIGHTS=of_weights is not None,
-            OF_MASS=of_sums is not None,
+            OF_MASS=of_mass is not None,
             SOFTMAX=score == "softmax",
             NORMALISE=normalise,
             BLOCK=block,
@@ -92,8 +92,10 @@ def _scores(x, inside, SOFTMAX: tl.constexpr):
     if SOFTMAX:
         x = tl.where(inside, x, float("-inf"))
         e = tl.exp(x - tl.max(x, 1)[:, None])
-        return e / tl.sum(e, 1)[:, None]
-    return tl.where(inside, 1 / (1 + tl.exp(-x)), 0.0)
+        score = e / tl.sum(e, 1)[:, None]
+    else:
+        score = tl.where(inside, 1 / (1 + tl.exp(-x)), 0.0)
+    return score
 
 
 @triton.jit(do_not_specialize=["tokens"])
