@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from adamac.moe import PRESETS, MoE, MoEConfig, preset
+from adamac.moe import PRESETS, MoE, MoEConfig, Routing, preset
 from adamac.moe.timing import STAGES, StageClock
 
 SMALL = {"hidden": 16, "num_experts": 8, "top_k": 3, "ratio": 0.5}
@@ -187,7 +187,7 @@ def test_nothing_is_sent_on_one_rank():
     [
         ({"dispatcher": "pigeon"}, "dispatcher must be one of auto, local, .*; got 'pigeon'"),
         ({"dispatcher": "per_rank"}, 'dispatcher "per_rank" needs a group of ranks'),
-        ({"chunks": 0}, "chunks must be at least 1; got 0"),
+        ({"chunks": 0}, "chunks must be a whole number, at least 1; got 0"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(options, message):
@@ -295,3 +295,26 @@ def test_a_given_routing_is_used():
     assert made.losses == {}
     with pytest.raises(ValueError, match="a routing of 5 tokens to 8 experts; got one of 11 to 8"):
         made(x[:5], routing)
+
+
+@pytest.mark.parametrize(
+    ("x", "line"),
+    [
+        (torch.ones(3, 64, dtype=torch.int64), "expected rows of floating point values; got torch.int64"),
+        (
+            torch.ones(3, 64, dtype=torch.bfloat16),
+            "rows are torch.bfloat16 but weights are torch.float32; cast one",
+        ),
+        (torch.tensor(1.0), r"expected rows of hidden width 64; got \(\)"),
+    ],
+)
+def test_rows_that_do_not_fit_are_refused_by_name(x, line):
+    with pytest.raises(ValueError, match=line):
+        MoE(preset("bigmac", 64, 8, 2))(x)
+
+
+@pytest.mark.parametrize("wrong", [-1, 8])
+def test_a_routing_to_experts_that_do_not_exist_is_refused(wrong):
+    routing = Routing(torch.tensor([[0, wrong], [1, 2]]), torch.ones(2, 2), 8)
+    with pytest.raises(ValueError, match=f"a routing names experts 0 to 7; got {wrong}"):
+        MoE(preset("bigmac", 64, 8, 2))(torch.randn(2, 64), routing)

@@ -76,8 +76,8 @@ class MoE(nn.Module):
             ValueError: If the experts cannot be spread evenly, or the dispatcher does not fit.
         """
         super().__init__()
-        if chunks < 1:
-            raise ValueError(f"chunks must be at least 1; got {chunks}")
+        if not isinstance(chunks, int) or chunks < 1:
+            raise ValueError(f"chunks must be a whole number, at least 1; got {chunks}")
         device = None if device is None else torch.device(device)
         self.config, self.group, self.chunks = config, group, chunks
         self.dispatcher = choose(dispatcher, config, group)
@@ -104,22 +104,23 @@ class MoE(nn.Module):
         Args:
             x: ``[..., hidden]``; ranks may have different numbers of tokens, and none.
             routing: Of these tokens, in place of the router's, on all ranks or none; for measurements, and to repeat a pass.
+                That its experts exist is looked at on a CPU alone, as a GPU would have to be waited for.
 
         Returns:
             Like ``x``; the residual is not added.
 
         Raises:
-            ValueError: If the width differs, or the router gave NaN or infinity.
+            ValueError: If width, dtype or routing do not fit, or the router gave NaN or infinity.
         """
-        if x.shape[-1] != self.config.hidden:
-            raise ValueError(f"expected rows of hidden width {self.config.hidden}; got {tuple(x.shape)}")
+        _check_input(x, self.config.hidden, self.descend)
         tokens, clock = x.reshape(-1, self.config.hidden), self.clock
         meter = Meter(Traffic(), clock)
         self.losses = {}
         if routing is None:
             with clock.stage("gate"):
                 routing, self.losses = self.router(tokens)
-        _check_routing(routing, len(tokens), self.config)
+        else:
+            _check_routing(routing, len(tokens), self.config)
         with clock.stage("descend"):
             rows = _autocast(self.descend(tokens))
         answers, shared = self._routed(tokens, rows, routing, meter)
@@ -215,12 +216,31 @@ class MoE(nn.Module):
         )
 
 
+def _check_input(x: Tensor, hidden: int, descend: nn.Module) -> None:
+    if x.ndim == 0 or x.shape[-1] != hidden:
+        raise ValueError(f"expected rows of hidden width {hidden}; got {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise ValueError(f"expected rows of floating point values; got {x.dtype}")
+    if not isinstance(descend, nn.Linear) or torch.is_autocast_enabled(x.device.type):
+        return
+    if x.dtype != descend.weight.dtype:
+        raise ValueError(
+            f"rows are {x.dtype} but weights are {descend.weight.dtype}; cast one to the other, or use torch.autocast"
+        )
+
+
 def _check_routing(routing: Routing, tokens: int, config: MoEConfig) -> None:
     expected, got = (tokens, config.num_experts), (routing.tokens, routing.num_experts)
     if expected != got:
         raise ValueError(
             f"expected a routing of {expected[0]} tokens to {expected[1]} experts; got one of {got[0]} to {got[1]}"
         )
+    experts = routing.experts
+    if experts.device.type == "cpu" and experts.numel():
+        least, most = (int(end) for end in experts.aminmax())
+        if least < 0 or most >= config.num_experts:
+            wrong = least if least < 0 else most
+            raise ValueError(f"a routing names experts 0 to {config.num_experts - 1}; got {wrong}")
 
 
 def _shaped(rows: Tensor, like: Tensor) -> Tensor:
