@@ -7,6 +7,8 @@ it, it starts the same.
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -37,6 +39,7 @@ class Experts(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.impl, self.first = config, impl, first
+        self._kept: dict[tuple[str, torch.dtype, bool], Tensor] | None = None
         number = config.num_experts if local_experts is None else local_experts
         wide = 2 * config.ffn if config.gated else config.ffn
         self.up = nn.Parameter(torch.empty(number, config.width, wide, device=device, dtype=dtype))
@@ -53,9 +56,19 @@ class Experts(nn.Module):
         Returns:
             ``[n, width]`` in the same order.
         """
-        up, down = (matrices.to(rows.dtype) for matrices in (self.up, self.down))
+        up, down = (self._cast(name, rows.dtype) for name in ("up", "down"))
         config = self.config
         return grouped_mlp(rows, up, down, counts, config.activation, gated=config.gated, impl=self.impl)
+
+    def _cast(self, name: str, dtype: torch.dtype) -> Tensor:
+        matrices = getattr(self, name)
+        if matrices.dtype == dtype or self._kept is None:
+            return matrices.to(dtype)
+        # A cast that was made without gradients leads nowhere.
+        key = name, dtype, torch.is_grad_enabled()
+        if key not in self._kept:
+            self._kept[key] = matrices.to(dtype)
+        return self._kept[key]
 
     def runs(self, dtype: torch.dtype | None = None) -> Literal["fused", "torch", "reference"]:
         """Say how these experts are computed: with the activation fused into the products, or through which grouped product.
@@ -99,6 +112,23 @@ class Experts(nn.Module):
             generator.manual_seed(seed + self.first + index)
             self.up[index].normal_(0, up_std, generator=generator)
             self.down[index].normal_(0, down_std, generator=generator)
+
+
+@contextmanager
+def casts_kept(model: nn.Module) -> Generator[None]:
+    """Cast the matrices of all experts once for all passes within, not once a pass; they must not change within.
+
+    For gradient accumulation under autocast: casts are copies of all experts, and gradients pass through a kept one like
+    through a fresh one.
+    """
+    experts = [module for module in model.modules() if isinstance(module, Experts)]
+    for each in experts:
+        each._kept = {}
+    try:
+        yield
+    finally:
+        for each in experts:
+            each._kept = None
 
 
 class SharedExpert(nn.Module):

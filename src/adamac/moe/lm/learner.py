@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from adamac.moe.dispatch import NotFiniteError
+from adamac.moe.experts import casts_kept
 from adamac.moe.layer import MoE
 from adamac.moe.lm.checkpoint import load_weights
 from adamac.moe.lm.corpus import Order
@@ -109,7 +110,8 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         refusal = None
         try:
-            names, sums, loads = self._backward(step, order)
+            with casts_kept(self.model):
+                names, sums, loads = self._backward(step, order)
         except Diverged as error:  # ranks that have other copies of the experts learn of it by the sums
             refusal, (names, sums, loads) = error, self._not_finite()
         reduced = self.world.add(torch.cat((sums, loads.flatten())))
