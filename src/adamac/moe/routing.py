@@ -30,7 +30,8 @@ class Routing:
         num_experts: How many experts there are on all ranks together.
         dropped: ``[tokens, top_k]`` bool, the choices that an expert had no room for; ``None`` if none was dropped.
         finite: A bool scalar, whether the router's logits were; ``None`` if nobody looked.
-        taken: ``[num_experts]`` float, tokens by expert, dropped ones too; ``None`` if nobody counted.
+        taken: ``[num_experts]`` float, tokens by expert, dropped ones too; ``None`` if nobody counted. Believed, not counted
+            again: who makes a routing of other experts from this one leaves it out.
     """
 
     experts: Tensor
