@@ -173,9 +173,11 @@ CALL_WORDS = (
     "From 75,000 tokens on 75 to 87 % of a call are the attention kernel. Its rate counts rows that somebody asked for: with "
     "root-N query clusters the last tile of each is part empty, and it computes 12 % more rows than there are at Wan2.1-14B, 9 % "
     "at HunyuanVideo's 129 frames, 17 % at Wan2.1-1.3B and 25 % at CogVideoX-2B (counted on tensors drawn alike, "
-    "`cpu/row_waste.jsonl`). Below 33,000 tokens planning weighs as much: 14 and 26 % of dense. Next to try are tiles that waste "
-    "fewer rows, and a nearest centroid that keeps the best of each column and compares columns once (timed: 1.07 to 1.22 times "
-    "as fast, 1 % of a call; it would round similarities to 17 bits)."
+    "`cpu/row_waste.jsonl`). Below 33,000 tokens planning weighs as much: 14 and 26 % of dense. The clustering kernels "
+    "have been rewritten since this run (wider reads, one comparison a block for the nearest centroid, two passes of moments for "
+    "four) and not been timed yet. Next to try are tiles that waste fewer rows, and flash-attn-4's own block-sparse kernel over "
+    "tokens sorted by cluster, with the means merged in by log-sum-exp: over random blocks of the same density it takes two "
+    "thirds of the time of ours at Wan2.1-14B."
 )
 LIMIT_WORDS = (
     "So lists and traffic are worth 7 % of the kernel at most, less than the rows that tiles waste. Fetching by TMA would save "
