@@ -78,7 +78,7 @@ def page(rows: list[Row]) -> str:
         host_words(rows),
         "![A forward pass at 1,024 and 16,384 tokens](assets/moe-host.svg)",
         table(
-            ["one GPU, 16,384 tokens", "pass", "kernels launched", "their time, ms", "measured, ms"],
+            ["fabric, 16,384 tokens", "pass", "kernels launched", "their time, ms", "measured, ms"],
             launch_rows(rows),
         ),
         "## The layer",
@@ -169,7 +169,7 @@ def launch_rows(rows: list[Row]) -> Iterable[list[str]]:
             f"{row['device_ms']:.2f}",
             f"{measured[-1]:.2f}" if measured else "-",
         ]
-        yield [f"{row['arm']}{fused}", row["pass"].replace("_", " + "), *cells]
+        yield [f"{row['fabric']}: {row['arm']}{fused}", row["pass"].replace("_", " + "), *cells]
 
 
 def said_before(rows: list[Row]) -> list[float]:

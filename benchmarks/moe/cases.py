@@ -223,10 +223,10 @@ def cases(
         found.append(CollectivesCase(fabric.largest_mib, budget_s=4 if plan == "quick" else 8))
     alone = fabric.backend is None
     pieces: list[Case] = [*(_kernels(plan) if alone and "kernels" in parts else [])]
-    if alone and "launches" in parts:
+    if "launches" in parts and fabric.name in ("none", "nvlink", "gloo"):
         launches = LaunchesCase(64, 2, tokens=64, num_experts=8) if plan == "tiny" else LaunchesCase()
         pieces.append(launches)
-        if "fused" in parts:
+        if alone and "fused" in parts:
             pieces += [replace(case, experts="fused") for case in (*pieces[-2:-1], launches)]
     models = _models(plan, fabric, parts)
     early, late = (models, []) if plan == "quick" else ([], models)

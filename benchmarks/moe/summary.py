@@ -195,6 +195,8 @@ def launches(fabric: str, rows: list[Row]) -> str:
             f"{_DIRECTIONS[row['pass']]}: {row['launches']:.0f} launches, "
             f"{row['device_ms']:.3f} ms"
         )
+        if "host_ms" in row:  # rows of former runs have none
+            title += f"; host done after {row['host_ms']:.3f} ms, device after {row['whole_ms']:.3f}"
         lines = [[kernel["name"], f"{kernel['calls']:g}", f"{kernel['ms']:.4f}"] for kernel in row["kernels"]]
         parts.append(_headed(title, ["kernel", "calls", "ms"], lines))
     return "\n\n".join(parts)
