@@ -59,7 +59,8 @@ def test_measuring_writes_a_machine_that_can_be_asked_later(capsys, tmp_path, mo
     assert "off in the median: times" in out
     machine = Machine.load(path)
     assert machine.layer_error is not None
-    assert f"{machine.whole:.2f} times the sum of its parts" in out
+    # A layer this small may be all host: then nothing is known of its own work, and nothing said.
+    assert (f"{machine.whole:.2f} times the sum of its parts" in out) == (machine.whole != 1)
     assert "all_to_all" not in machine.costs  # one rank has no fabric to measure
     out = said(capsys, *shape, "--machine", str(path), "--ranks", "4")
     assert "assumed, not measured: all_to_all, all_gather, reduce_scatter" in out

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from small import SIZES, measured_and_checked
@@ -50,3 +52,16 @@ def test_several_ranks_come_to_the_same_machine():
     assert one.ranks == 2
     assert set(one.least_ms) == {"all_to_all", "per_rank", "all_gather"}
     assert {each.predicted.dispatcher for each in checks} == set(one.least_ms)
+
+
+@pytest.mark.parametrize(("slower", "expected"), [(0.5, 1.0), (30.0, 3.0)])
+def test_a_layer_that_waits_for_its_host_says_nothing_of_its_own_work(monkeypatch, slower, expected):
+    """Its time divided by that of its parts had been taken for the parts' slowness, and spoilt every prediction."""
+    bench = Bench(torch.device("cpu"), torch.float32, None, SIZES)
+    machine = machine_of(itemsize=4)
+    own = [sum(bench.predicted(case, machine).stages_ms.values()) for case in bench.cases(*SIZES.layer)]
+    times = [3 * ms for ms in own]
+    least = {"local": max(times) / slower}
+    machine = replace(machine, least_ms=least, least_both_ms=least)
+    monkeypatch.setattr(bench, "layer_times_ms", lambda cases: times)
+    assert bench.whole(machine) == pytest.approx(expected)
