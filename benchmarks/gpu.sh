@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# Everything that is measured on one GPU, in parts with a time limit each: bash benchmarks/gpu.sh OUT PART[=SECONDS]...
+# A part that fails or runs out of time leaves its rows in OUT and does not stop the next. The seconds below were enough on one H100.
+#   tests=90       the GPU tests of attention's kernels, names of failures printed
+#   sanitize=120   compute-sanitizer's memcheck over the same kernels at small shapes
+#   attention=230  one call at 15 and 8 %, all shapes, all rivals    densities=150  the same at 30 and 5 %
+#   cog=60 wan1=130 wan14=150 hunyuan=190 hunyuan193=300            denoising steps of real transformers, random weights
+#   cogc=100 wan1c=150 wan14c=190                                    the same compiled
+# A rehearsal without a GPU: EXTRA=--tiny SHAPES=tiny bash benchmarks/gpu.sh out/rehearsal attention wan14
+set -u
+OUT=${1:?a folder for rows}; shift
+mkdir -p "$OUT"
+export OUT EXTRA=${EXTRA:-} SHAPES=${SHAPES:-} COMMIT=${COMMIT:-$(git rev-parse --short HEAD 2>/dev/null || true)}
+export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD/src:$PWD${PYTHONPATH:+:$PYTHONPATH}
+bench() { python3 -m adamac.cli bench attention "$@" --out "$OUT/attention.jsonl"; }
+steps() {
+  local file=$1; shift
+  python3 -m benchmarks.end_to_end run --out "$OUT/$file.jsonl" ${COMMIT:+--commit $COMMIT} $EXTRA "$@"
+}
+export -f bench steps
+QUICK="--rounds 1 --first-steps 0 --no-guidance"
+for each in "$@"; do
+  part=${each%%=*}; limit=${each#*=}; [ "$limit" = "$each" ] && limit=200
+  minutes=$(python3 -c "print(max($limit - 12, 1) / 60)"); began=$SECONDS
+  echo "== $(date +%T) $part, at most $limit s"
+  case $part in
+    tests) run="python3 -m pytest -q -rf -p no:cacheprovider tests/ops tests/attention/test_device.py" ;;
+    sanitize) export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+      run="compute-sanitizer --tool memcheck python3 -m pytest -q -x -p no:cacheprovider tests/ops/test_cluster_attention.py -k bits" ;;
+    attention) run='for s in ${SHAPES:-wan-14b hunyuan-129f hunyuan-193f wan-1.3b cogvideox-2b}; do bench --shapes $s --densities 0.15 0.08 --rounds 3; done' ;;
+    densities) run='for s in ${SHAPES:-wan-14b hunyuan-129f cogvideox-2b}; do bench --shapes $s --densities 0.3 0.05 --rounds 2; done' ;;
+    cog) run="steps end_to_end --models cogvideox-2b --arms stock best_dense default_15 default_8 --rounds 2 --dense-steps 5 --sparse-steps 15" ;;
+    cogc) run="steps compiled --models cogvideox-2b --arms best_dense default_15 default_8 --compile --rounds 1 --dense-steps 5 --sparse-steps 15" ;;
+    wan1) run="steps end_to_end --models wan-1.3b --arms stock best_dense default_15 default_8 --rounds 2 --dense-steps 5 --sparse-steps 20" ;;
+    wan1c) run="steps compiled --models wan-1.3b --arms best_dense default_15 default_8 --compile --rounds 1 --dense-steps 5 --sparse-steps 10" ;;
+    wan14) run="steps end_to_end --models wan-14b --arms best_dense default_15 default_8 stock $QUICK --dense-steps 3 --sparse-steps 4" ;;
+    wan14c) run="steps compiled --models wan-14b --arms best_dense default_15 default_8 --compile $QUICK --dense-steps 3 --sparse-steps 4" ;;
+    hunyuan) run="steps end_to_end --models hunyuan-129f --arms default_15 default_8 best_dense stock --rounds 1 --first-steps 0 --dense-steps 1 --sparse-steps 3" ;;
+    hunyuan193) run="steps end_to_end --models hunyuan-193f --arms default_8 default_15 best_dense stock --rounds 1 --first-steps 0 --dense-steps 1 --sparse-steps 3" ;;
+    *) echo "no part $part" >&2; exit 2 ;;
+  esac
+  case $run in steps*) run="$run --minutes $minutes" ;; esac
+  timeout -s INT -k 10 "$limit" bash -c "$run" || echo "$part ended with $?"
+  unset PYTORCH_NO_CUDA_MEMORY_CACHING
+  echo "== $part took $((SECONDS - began)) s"
+done

@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# The mixture of experts on the GPUs of one host, in order of worth, each part with a time limit of its own:
+#   bash benchmarks/moe.sh OUT [PART...]      parts: nvlink shm none sockets quality advise
+# LIMIT (490) is the seconds for everything. quality reads text files in TEXT (a folder) and trains STEPS (1200) steps of each arm.
+# NVLink multicast stays off: it is not what is measured. A rehearsal on a processor:
+#   REHEARSE=1 bash benchmarks/moe.sh out/rehearsal nvlink none
+set -u
+OUT=${1:?a folder for rows}; shift
+LIMIT=${LIMIT:-490}; COMMIT=${COMMIT:-$(git rev-parse --short HEAD 2>/dev/null || echo unknown)}
+mkdir -p "$OUT"; LOG=$OUT/moe_log.txt; : > "$LOG"
+export NCCL_NVLS_ENABLE=0 TORCH_SYMM_MEM_DISABLE_MULTICAST=1 NVSHMEM_DISABLE_NVLS=1 DS_BUILD_OPS=0
+export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=true PYTHONPATH=$PWD/src:$PWD${PYTHONPATH:+:$PYTHONPATH}
+PLAN=quick; DEVICE=cuda; TWO="cuda:0 cuda:1"; SMALL=
+if [ -n "${REHEARSE:-}" ]; then PLAN=tiny; DEVICE=cpu; TWO="cpu cpu"; SMALL=--tiny; STEPS=${STEPS:-6}; export OMP_NUM_THREADS=1; fi
+
+left() { echo $((LIMIT - SECONDS)); }
+
+# part NAME SECONDS COMMAND...: whatever it does, the next goes on.
+part() {
+  local name=$1 want=$2 have began=$SECONDS rc; shift 2
+  have=$(left); (( have < 20 )) && { echo "$name: no time left"; return; }
+  (( want > have )) && want=$have
+  echo "=== $name" >> "$LOG"
+  timeout -k 5 "$want" "$@" >> "$LOG" 2>&1; rc=$?
+  echo "$name: exit $rc after $((SECONDS - began)) s of $want"
+}
+
+# layers NAME SECONDS FABRIC PARTS...: the benchmark of the layer on one fabric.
+layers() {
+  local name=$1 want=$2 fabric=$3; shift 3
+  [ -n "${REHEARSE:-}" ] && [ "$fabric" != none ] && fabric=gloo
+  part "$name" "$want" python3 -m benchmarks.moe run --plan $PLAN --device $DEVICE --fabrics "$fabric" --parts "$@" \
+    --minutes "$(python3 -c "print(max(0.2, ($want - 25) / 60))")" --limit-s 60 --commit "$COMMIT" --out "$OUT/moe.jsonl"
+}
+
+quality() {
+  local corpus=$OUT/corpus seconds
+  [ -f "$corpus/corpus.json" ] || CUDA_VISIBLE_DEVICES="" python3 -c "
+from pathlib import Path
+from adamac.moe.lm.corpus import prepare
+prepare(Path('$corpus'), [Path('${TEXT:?a folder of text files}')], vocab=8192)" >> "$LOG" 2>&1 || { echo "quality: no corpus"; return; }
+  seconds=$(( $(left) - 20 )); (( seconds < 40 )) && { echo "quality: no time left"; return; }
+  part quality $((seconds + 15)) python3 benchmarks/moe_quality.py "$corpus" --work "$OUT/quality" --devices $TWO $SMALL \
+    --steps "${STEPS:-1200}" --minutes "$(python3 -c "print($seconds / 60)")" --out "$OUT/moe_quality.jsonl"
+}
+
+for what in ${*:-nvlink shm none sockets quality advise}; do
+  case $what in
+    nvlink) layers nvlink 140 nvlink cost collectives launches layer rivals ;;
+    shm) layers shm 110 shm cost layer train ;;
+    none) layers none 120 none cost kernels launches layer serve ;;
+    sockets) layers sockets 70 sockets collectives layer ;;
+    quality) quality ;;
+    advise) part advise 70 python3 -m torch.distributed.run --nproc-per-node 2 -m adamac.cli advise moe --measure \
+      --device $DEVICE --out "$OUT/moe_machine.json" ;;
+    *) echo "no part $what" >&2; exit 2 ;;
+  esac
+done
+python3 -m benchmarks.moe summary "$OUT/moe.jsonl"
