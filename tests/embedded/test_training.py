@@ -14,7 +14,7 @@ from diffusers import WanPipeline
 
 from adamac.embedded import dit, muon, replay
 from adamac.embedded import vae as autoencoder
-from adamac.embedded.train import LatentSet, sketch, thinned
+from adamac.embedded.latents import LatentSet, sketch, thinned
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
