@@ -192,11 +192,11 @@ class Run:
             painted.captions + of_film.captions,
         )
 
-    def held_out_orders(self, category: str, frames: int) -> list[Order]:
-        """Orders of clips whose captions training never saw."""
+    def held_out_orders(self, category: str, frames: int, times: int = 1) -> list[Order]:
+        """Orders of clips whose captions training never saw; ``times`` as many as are usual."""
         return [
             Order(category, HELD_OUT_SEED + i, frames, self.size.height, self.size.width, True)
-            for i in range(self.size.held_out)
+            for i in range(times * self.size.held_out)
         ]
 
     def held_out(self, frames: int) -> Iterator[tuple[str, Iterator]]:
@@ -352,11 +352,7 @@ class Run:
     def measure_order(self, name: str) -> None:
         """Share of held-out cuts whose order is taken from the caption."""
         size = self.size
-        orders = [
-            Order("cut", HELD_OUT_SEED + i, size.full, size.height, size.width, True)
-            for i in range(8 * size.held_out)
-        ]
-        clips = self.encoded(self.rendered(orders)).all()
+        clips = self.encoded(self.rendered(self.held_out_orders("cut", size.full, times=8))).all()
         self.report[f"right_order_{name}"] = round(
             dit.right_order(self.averaged, sketch(clips, size.sketch)), 3
         )
