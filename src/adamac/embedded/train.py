@@ -2,11 +2,11 @@
 
 Four things happen in turn, each for a given number of minutes: the text encoder learns to read captions
 (:mod:`adamac.embedded.reading`); the autoencoder learns to compress clips; clips are painted, encoded and
-kept on the device; the transformer and its text encoder learn to denoise them, first sketches of a few
-latent frames (:mod:`adamac.embedded.dit`; many, quick), then whole clips with sketches in between, and at
-last what the network itself says under guidance, so that one forward a step is enough in use. What the
-first steps of sampling decide can be trained a little longer, on a processor even (``--layout-minutes``). A run can start from the weights of an earlier one (``--resume``); it then trains what it is given
-minutes for.
+kept on the device; the transformer and its text encoder learn to denoise them, first what the first steps of
+sampling decide (what comes when and where), then sketches of a few latent frames (:mod:`adamac.embedded.dit`;
+many, quick), then whole clips with sketches in between, and at last what the network itself says under guidance,
+so that one forward a step is enough in use. A run can start from the weights of an earlier one (``--resume``); it
+then trains what it is given minutes for.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Size:
     captions: int = 5000
     held_out: int = 8
     sketch_batch: int = 80
-    layout_batch: int = 32
+    layout_batch: int = 96
     full_batch: int = 24
     encode_batch: int = 16
     vae: dict = dataclasses.field(default_factory=dict)
@@ -396,6 +396,16 @@ class Run:
             > 0
         ):
             data = self.training_set()
+        if options.layout_minutes > 0:
+            self.measure_order("before")
+            self.train_denoiser(
+                self.layouts(data),
+                dit.Schedule(
+                    options.layout_minutes * 60, options.rate, 0.3, final=options.handover, first_share=1.0
+                ),
+                "layout",
+            )
+            self.measure_order("layout")
         if options.sketch_minutes > 0:
             self.train_denoiser(
                 self.sketches(data),
@@ -409,6 +419,7 @@ class Run:
                 "full",
             )
             self.measure_loss("full")
+            self.measure_order("full")
             self.sheets(f"plain_guidance{options.guidance:g}", options.guidance)
         if options.distil_minutes > 0:
             self.checkpoint("weights_before_distillation")
@@ -419,15 +430,8 @@ class Run:
                 "distil",
                 dit.guided_velocity(teacher, self.empty(), options.guidance),
             )
+            self.measure_order("distil")
             self.sheets("distilled", 1.0)
-        if options.layout_minutes > 0:
-            self.measure_order("before_layout")
-            self.train_denoiser(
-                self.layouts(data),
-                dit.Schedule(options.layout_minutes * 60, options.rate * 0.3, 0.7, first_share=1.0),
-                "layout",
-            )
-            self.measure_order("after_layout")
         self.checkpoint()
         self.renderer.close()
 
