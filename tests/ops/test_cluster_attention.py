@@ -239,8 +239,8 @@ def test_heads_done_in_rounds_are_the_same_bits(device, monkeypatch):
 
 
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=12), st.integers(0, 30), st.integers(1, 17))
-def test_tiles_cover_every_row_once(sizes, padding, rows):
-    starts = torch.tensor([0, *sizes]).cumsum(0).int()[None, None]
+def test_tiles_cover_every_row_once(device, sizes, padding, rows):
+    starts = torch.tensor([0, *sizes], device=device).cumsum(0).int()[None, None]
     tokens = sum(sizes) + padding
     if tokens == 0:
         return
@@ -255,6 +255,12 @@ def test_tiles_cover_every_row_once(sizes, padding, rows):
     assert covered == [
         (each, p) for each in range(len(sizes) + 1) for p in range(bounds[each], bounds[each + 1])
     ]
+
+
+@pytest.mark.parametrize("clusters", range(3, 8))
+def test_tables_of_tiles_begin_where_kernels_need_not_be_compiled_anew(clusters, device):
+    starts = torch.arange(clusters + 1, device=device).int().expand(1, 1, -1)
+    assert all(table.data_ptr() % 16 == 0 for table in tiles(starts, clusters, 64))
 
 
 def test_the_operator_describes_itself_truly(device):
@@ -340,11 +346,11 @@ def test_a_kernel_that_fails_as_it_runs_gives_way_for_good_and_says_why(fresh, d
 
 
 def test_a_named_kernel_that_fails_as_it_runs_says_so_in_one_line(fresh, device):
+    inputs = case(1, 1, 20, 64, 2, 3, device=device)
+    assert resolve("triton", inputs[0]) == "triton"  # found fit before it fails
     fresh.setattr(triton_module, "triton_cluster_attention", failing(RuntimeError("here\nno kernel"), []))
     with pytest.raises(RuntimeError) as failure:
-        cluster_attention(
-            *case(1, 1, 20, 64, 2, 3, device=device), compensate=False, scale=1.0, impl="triton"
-        )
+        cluster_attention(*inputs, compensate=False, scale=1.0, impl="triton")
     assert str(failure.value) == 'impl="triton" failed as it ran: RuntimeError: no kernel; use impl="auto"'
 
 
@@ -354,6 +360,7 @@ def test_a_named_kernel_that_fails_as_it_runs_says_so_in_one_line(fresh, device)
 )
 def test_too_little_memory_is_told_and_says_nothing_about_a_kernel(error, fresh, device):
     inputs = case(1, 2, 60, 64, 3, 5, device=device)
+    assert resolve("auto", inputs[0]) == "triton"  # found fit before it fails
     with fresh.context() as patch:
         patch.setattr(triton_module, "triton_cluster_attention", failing(error, []))
         with pytest.raises(type(error), match="out of memory"):
@@ -384,6 +391,7 @@ def test_where_there_is_no_room_for_all_heads_fewer_are_done_at_once_to_the_same
 
 def test_where_there_is_no_room_for_one_head_one_line_says_what_is_needed_and_what_to_do(device, monkeypatch):
     inputs = case(2, 3, 130, 64, 5, 9, device=device)
+    assert resolve("triton", inputs[0]) == "triton"  # found fit while there was room
     room_for(0, monkeypatch)
     with pytest.raises(torch.OutOfMemoryError) as refusal:
         cluster_attention(*inputs, compensate=True, scale=0.125, impl="triton")

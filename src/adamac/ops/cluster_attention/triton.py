@@ -282,7 +282,8 @@ def tiles(starts: Tensor, tokens: int, rows: int) -> tuple[Tensor, Tensor]:
     *leading, bounds = starts.shape
     clusters, number = bounds - 1, math.ceil(tokens / rows) + bounds
     starts = starts.contiguous()
-    tables = starts.new_empty(2, *leading, number, dtype=torch.int32)
+    # Two pieces of memory: halves of one would begin at addresses for which kernels are compiled anew.
+    tables = [torch.empty(*leading, number, dtype=torch.int32, device=starts.device) for _ in range(2)]
     kernels.tile_kernel[(starts.numel() // bounds,)](
         starts,
         *tables,
