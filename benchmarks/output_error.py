@@ -8,6 +8,7 @@ published settings with whatever they read. Every plan is a first one, without a
 from __future__ import annotations
 
 import argparse
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
@@ -25,23 +26,33 @@ from adamac.bakeoff.metrics.plan import DenseRows
 KEEPS = (0.08, 0.15, 0.3)
 BOX = (3, 6, 7)  # 126 tokens
 
-# The score is pinned so that an arm is what its name says, whatever the default becomes.
-ADACLUSTER = AdaCluster(score="centroid")
+# Pinned, so that an arm is what its name says, whatever the defaults become.
+BY_LOGITS = AdaCluster(score="centroid", metric="logits", outlier_factor=math.inf)
+BY_TOKENS = replace(BY_LOGITS, metric="tokens")
 # Each is tried at every budget, with and without compensation.
 METHODS: dict[str, Any] = {
-    "clusters, centroid": ADACLUSTER,
-    "clusters, quest": replace(ADACLUSTER, score="quest"),
-    "clusters, moment": replace(ADACLUSTER, score="moment"),
-    "clusters, residual": replace(ADACLUSTER, score="residual"),
-    "clusters, true mass (oracle)": Oracle(ADACLUSTER),
-    "clusters, centroid, Euclidean queries": replace(ADACLUSTER, angular=False),
-    "clusters, centroid, 1.5x mean is an outlier": replace(ADACLUSTER, outlier_factor=1.5),
-    "clusters, centroid, no outlier stages": replace(ADACLUSTER, outlier_factor=float("inf")),
-    "32 x 96 clusters, centroid": replace(ADACLUSTER, query_clusters=32, key_clusters=96),
-    "65 x 96 clusters, centroid": replace(ADACLUSTER, query_clusters=65, key_clusters=96),
-    "65 x 192 clusters, centroid": replace(ADACLUSTER, query_clusters=65, key_clusters=192),
-    "144 x 192 clusters, centroid": replace(ADACLUSTER, query_clusters=144, key_clusters=192),
-    "144 x 384 clusters, centroid": replace(ADACLUSTER, query_clusters=144, key_clusters=384),
+    "clusters by logits, centroid": BY_LOGITS,
+    "clusters by logits, quest": replace(BY_LOGITS, score="quest"),
+    "clusters by logits, moment": replace(BY_LOGITS, score="moment"),
+    "clusters by logits, residual": replace(BY_LOGITS, score="residual"),
+    "clusters by logits, true mass (oracle)": Oracle(BY_LOGITS),
+    "clusters by logits, queries by distance, residual": replace(BY_LOGITS, score="residual", angular=False),
+    "clusters by logits, stages for outliers, residual": replace(
+        BY_LOGITS, score="residual", outlier_factor=2.0
+    ),
+    "clusters by logits, half as many again of both, residual": replace(
+        BY_LOGITS, score="residual", query_clusters=99, key_clusters=396
+    ),
+    "clusters by tokens, centroid": BY_TOKENS,
+    "clusters by tokens, residual": replace(BY_TOKENS, score="residual"),
+    "clusters by tokens, true mass (oracle)": Oracle(BY_TOKENS),
+    "clusters by tokens, stages for outliers, residual": replace(
+        BY_TOKENS, score="residual", outlier_factor=2.0
+    ),
+    "clusters by tokens, stages for outliers (1.5x), centroid": replace(BY_TOKENS, outlier_factor=1.5),
+    "32 x 96 clusters by logits, centroid": replace(BY_LOGITS, query_clusters=32, key_clusters=96),
+    "65 x 192 clusters by logits, centroid": replace(BY_LOGITS, query_clusters=65, key_clusters=192),
+    "144 x 384 clusters by logits, centroid": replace(BY_LOGITS, query_clusters=144, key_clusters=384),
     "SVG2's clusters, centroid": SVG2(query_clusters=100, key_clusters=200),
     "runs of 128, centroid": BlockTopK(tile=128),
     "boxes of 126, centroid": BlockTopK(tile=BOX),

@@ -13,7 +13,7 @@ from adamac.attention import AdaCluster, Layout, Plan, TopK
 from adamac.ops.kmeans import distances
 from adamac.testing import attention_like
 
-METHOD = AdaCluster(query_clusters=6, key_clusters=8, max_key_clusters=64)
+METHOD = AdaCluster(query_clusters=6, key_clusters=8, max_key_clusters=64, outlier_factor=2.0)
 
 
 def with_outliers(far: int = 20, groups: int = 20) -> tuple[torch.Tensor, torch.Tensor]:
@@ -134,6 +134,7 @@ def test_the_papers_settings_are_those_it_prints():
             r"max_key_clusters \(7\) must not be below key_clusters \(8\)",
         ),
         ({"hard_layers": "skip"}, r'AdaCluster\.hard_layers must be "sparse" or "dense", got \'skip\''),
+        ({"metric": "cosine"}, r'AdaCluster\.metric must be "logits" or "tokens", got \'cosine\''),
         ({"outlier_factor": 0.0}, r"AdaCluster\.outlier_factor must be positive, got 0\.0"),
         ({"outlier_factor": math.nan}, r"AdaCluster\.outlier_factor must be positive, got nan"),
     ],
@@ -141,3 +142,32 @@ def test_the_papers_settings_are_those_it_prints():
 def test_settings_out_of_range_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         AdaCluster(**changes)
+
+
+@pytest.mark.parametrize("side", ["keys", "queries"])
+@pytest.mark.parametrize("warm", [False, True])
+def test_what_the_other_side_does_not_see_splits_no_cluster(side, warm):
+    query, key, _ = attention_like(1, 2, 400, 32)
+    unseen, seen = (key, query) if side == "keys" else (query, key)
+    unseen[..., 0], seen[..., 0] = 0.0, 0.0
+
+    def labels(method):
+        plan = method(query, key, previous=method(query, key).kept() if warm else None)
+        return getattr(plan, side).labels
+
+    # Angles see the length of what is compared, so queries are clustered by distance here.
+    by_logits = replace(METHOD, outlier_factor=math.inf, angular=False)
+    by_tokens = replace(by_logits, metric="tokens")
+    before = [labels(method) for method in (by_logits, by_tokens)]
+    unseen[..., 0] = 40 * torch.randn(1, 2, 400)
+    after = [labels(method) for method in (by_logits, by_tokens)]
+    assert torch.equal(before[0], after[0])
+    assert not torch.equal(before[1], after[1])
+
+
+def test_outliers_that_no_query_sees_get_no_clusters_of_their_own():
+    query, key = with_outliers()
+    key[..., 16:] = 0.1 * torch.randn(1, 2, 400, 16)  # they lie far out in the first coordinates
+    query[..., :16] = 0
+    assert METHOD(query, key).keys.num_clusters == METHOD.key_clusters
+    assert replace(METHOD, metric="tokens")(query, key).keys.num_clusters > METHOD.key_clusters

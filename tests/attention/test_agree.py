@@ -10,7 +10,9 @@ import torch.distributed as dist
 from adamac.attention import AdaCluster, Layout, Plan
 from adamac.testing import attention_like, run_ranks
 
-METHOD = AdaCluster(query_clusters=8, key_clusters=16, max_key_clusters=80, outlier_factor=1.5)
+METHOD = AdaCluster(
+    query_clusters=8, key_clusters=16, max_key_clusters=80, outlier_factor=1.5, metric="tokens"
+)
 
 
 def heads_of_unlike_need() -> tuple[torch.Tensor, torch.Tensor]:

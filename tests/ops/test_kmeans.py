@@ -179,6 +179,58 @@ def test_what_fills_up_the_last_block_is_never_nearest(clusters, device, monkeyp
         assert (labels < clusters).all()
 
 
+def a_form(points):
+    """What a hundred points are seen by, some coordinates much more than others."""
+    batch, heads, _, dim = points.shape
+    seen_by = torch.randn(batch, heads, 100, dim, device=points.device) * torch.logspace(
+        -1, 1, dim, device=points.device
+    )
+    return seen_by.transpose(-1, -2) @ seen_by / 100
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_under_a_form_points_are_clustered_as_if_they_were_transformed(metric, impl, points):
+    points, form = points + 2, a_form(points)
+    root = torch.linalg.cholesky(form.double())
+    centroids = points[:, :, ::15]
+    labels = nearest(points, centroids, metric, form=form, impl=impl).long()
+    moved, there = points.double() @ root, centroids.double() @ root
+    if metric == "cosine":
+        gain = moved @ torch.nn.functional.normalize(there, dim=-1).transpose(-1, -2)
+    else:
+        gain = -torch.cdist(moved, there).square() / 2
+    own = torch.gather(gain, -1, labels.unsqueeze(-1)).squeeze(-1)
+    slack = 1e-5 if impl == "torch" else 1e-4  # the kernel compares 17 bits
+    assert (own >= gain.amax(-1) - slack * moved.norm(dim=-1).clamp_min(1) ** 2).all()
+
+
+def test_distances_under_a_form_are_those_of_transformed_points(points):
+    form, centroids = a_form(points), points[:, :, ::15]
+    labels = nearest(points, centroids, form=form).masked_fill(torch.arange(300) % 7 == 0, -1)
+    moved = (x.double() @ torch.linalg.cholesky(form.double()) for x in (points, centroids))
+    expected = torch.cdist(*moved).gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1)
+    found = distances(points, labels, centroids, form)
+    torch.testing.assert_close(found.double(), expected.masked_fill(labels < 0, 0.0), rtol=1e-3, atol=2e-3)
+
+
+def test_k_means_never_raises_inertia_under_a_form(points):
+    start, form = spread_tokens(points, 24, seed=1), a_form(points)
+    found = [kmeans(points, start, iterations=number, form=form) for number in range(1, 9)]
+    far = torch.stack([distances(points, each.members.labels, each.centroids, form) for each in found])
+    spreads = far.square().sum(-1)
+    assert (spreads.diff(dim=0) <= 1e-5 * spreads[0]).all()
+    assert (spreads[-1] < spreads[0]).all()
+
+
+def test_rounding_a_direction_moves_no_similarity_at_its_centroid(points, device):
+    form, centroids = a_form(points), 50 + points[:, :, ::15]
+    directions, offset = kmeans_module._directions(centroids, "euclidean", form, torch.bfloat16)
+    own = (directions.double() * centroids.double()).sum(-1) + offset.double()
+    expected = (centroids.double() @ form.double() * centroids.double()).sum(-1) / 2
+    torch.testing.assert_close(own, expected, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 def test_the_kernels_run_the_same_iterations(metric, device):
     points = attention_like(2, 3, 120, 16, device=device)[1]

@@ -7,7 +7,8 @@ prompt: in the first sparse step keys that lie far from their centroid (1.5 time
 stage by stage, until none is left. A layer that would need too many is left dense. Later steps start from the last step's
 centroids and refine them once. Each query cluster then reads its best-scoring key clusters, with each row's own query.
 
-Beyond the paper. What a row skips is *compensated*: a skipped cluster enters the softmax through its mean key and mean
+Beyond the paper. Distances are measured by logits: how differently the queries of the head see two keys, and its keys two
+queries. All key clusters are made at once: stages are there for who asks for them. What a row skips is *compensated*: a skipped cluster enters the softmax through its mean key and mean
 value. The budget can be given in tokens, so that all rows cost the same. Scores other than the paper's are at hand. The
 paper's own settings are :meth:`AdaCluster.paper`.
 
@@ -36,6 +37,7 @@ from adamac.attention.cluster import (
     video_parts,
 )
 from adamac.attention.layout import Layout, check_attention_inputs
+from adamac.attention.logit_metric import form_of_keys, form_of_queries
 from adamac.attention.plan import Clusters, Plan
 from adamac.attention.select import Budget, Score, Tokens, TopK, check_score, score_clusters
 from adamac.ops.kmeans import Metric, distances, kmeans, spread_tokens
@@ -53,12 +55,16 @@ class AdaCluster:
             4,368 tokens, 275 at 75,600).
         key_clusters: Clusters that the keys of each head start with, before stages for outliers; ``None`` means 4 times
             the root (264 and 1,100): every row reads every centroid, so twice the tokens should not get twice as many.
-        max_key_clusters: The most that the keys of a head may get; ``None`` means 1.5 times ``key_clusters``.
+        max_key_clusters: The most that stages may bring the keys of a head to; ``None`` means 1.5 times ``key_clusters``.
         hard_layers: What becomes of a layer that would need more: ``"dense"`` leaves it dense for the whole video, as
             the paper does; ``"sparse"`` goes on with as many as it may have, which compensation can afford.
-        outlier_factor: A key is an outlier if it is farther from its centroid than this many times the layer's mean
-            distance in the first sparse step; infinity keeps ``key_clusters``.
-        angular: Cluster queries by angle (spherical k-means), as the paper does, or by Euclidean distance.
+        outlier_factor: A key is an outlier, for which there are stages, if it is farther from its centroid than this many
+            times the layer's mean distance in the first sparse step (the paper: 1.5). Infinity means no stages: every layer
+            gets ``key_clusters``, which errs less than as many that came in stages.
+        angular: Cluster queries by angle (spherical k-means), as the paper does, or by distance.
+        metric: What angles and distances are measured by: ``"logits"``, by how differently the other side of the head's
+            attention sees two tokens (:mod:`adamac.attention.logit_metric`), or ``"tokens"``, as the paper does, by the
+            tokens themselves.
         score: How key clusters are ranked; see :mod:`adamac.attention.select`.
         budget: How much each query cluster reads: :class:`Tokens`, :class:`TopK` or :class:`TopP`.
         compensate: Let skipped clusters enter the softmax through their means.
@@ -71,8 +77,9 @@ class AdaCluster:
     query_clusters: int | None = None
     key_clusters: int | None = None
     max_key_clusters: int | None = None
-    outlier_factor: float = 2.0
+    outlier_factor: float = math.inf
     angular: bool = True
+    metric: Literal["logits", "tokens"] = "logits"
     score: Score = "residual"
     budget: Budget = field(default_factory=lambda: Tokens(0.1))
     compensate: bool = True
@@ -93,6 +100,8 @@ class AdaCluster:
             )
         if self.hard_layers not in ("sparse", "dense"):
             raise ValueError(f'AdaCluster.hard_layers must be "sparse" or "dense", got {self.hard_layers!r}')
+        if self.metric not in ("logits", "tokens"):
+            raise ValueError(f'AdaCluster.metric must be "logits" or "tokens", got {self.metric!r}')
         if not self.outlier_factor > 0:
             raise ValueError(f"AdaCluster.outlier_factor must be positive, got {self.outlier_factor}")
         check_score(self.score)
@@ -109,6 +118,7 @@ class AdaCluster:
             key_clusters=200,
             max_key_clusters=600,
             outlier_factor=1.5,
+            metric="tokens",
             score="quest",
             budget=TopK(0.25),
             compensate=False,
@@ -137,7 +147,8 @@ class AdaCluster:
         video_query, video_key = video_parts(query, key, layout)
         age = 0
         if previous is None:
-            found = self._first_keys(video_key, layout)
+            of_queries, of_keys = self._forms(video_query, video_key, layout)
+            found = self._first_keys(video_key, layout, of_keys)
             if isinstance(found, str):
                 return Plan.dense(layout, found)
             keys = found
@@ -146,8 +157,9 @@ class AdaCluster:
                 self.query_clusters or round(video_query.shape[2] ** 0.5),
                 layout,
                 iterations=self.first_iterations,
-                metric=self._metric,
+                metric=self._shape,
                 seed=self.seed,
+                form=of_queries,
             )
         elif previous.age + 1 < self.recluster_every:
             age = previous.age + 1
@@ -155,9 +167,10 @@ class AdaCluster:
             queries, keys = regroup(video_query, former_queries), regroup(video_key, former_keys)
         else:
             start_queries, start_keys = previous.centroids()
+            of_queries, of_keys = self._forms(video_query, video_key, layout)
             again = {"iterations": self.iterations}
-            queries = refine(video_query, start_queries, layout, metric=self._metric, **again)
-            keys = refine(video_key, start_keys, layout, metric="euclidean", **again)
+            queries = refine(video_query, start_queries, layout, metric=self._shape, form=of_queries, **again)
+            keys = refine(video_key, start_keys, layout, metric="euclidean", form=of_keys, **again)
         score = score_clusters(self.score, queries.means, video_key, keys)
         return Plan(
             layout,
@@ -171,10 +184,17 @@ class AdaCluster:
         )
 
     @property
-    def _metric(self) -> Metric:
+    def _shape(self) -> Metric:
         return "cosine" if self.angular else "euclidean"
 
-    def _first_keys(self, key: Tensor, layout: Layout) -> Clusters | str:
+    def _forms(self, query: Tensor, key: Tensor, layout: Layout) -> tuple[Tensor | None, Tensor | None]:
+        """Forms that queries and keys are clustered under; ``None`` for the tokens' own distances."""
+        if self.metric == "tokens":
+            return None, None
+        valid = layout.video_valid()
+        return form_of_queries(key, valid), form_of_keys(query, valid)
+
+    def _first_keys(self, key: Tensor, layout: Layout, form: Tensor | None) -> Clusters | str:
         """Cluster keys in stages until no key is far from its centroid; a string says why the layer stays dense.
 
         The count is the layer's: all its heads and samples get as many clusters as the neediest head, some empty, on
@@ -185,12 +205,16 @@ class AdaCluster:
         start = min(self.key_clusters or round(4 * tokens**0.5), tokens)
         most_allowed = self.max_key_clusters or start + start // 2
         stage = kmeans(
-            key, spread_tokens(key, start, self.seed, valid), iterations=self.first_iterations, include=valid
+            key,
+            spread_tokens(key, start, self.seed, valid),
+            iterations=self.first_iterations,
+            include=valid,
+            form=form,
         )
         centroids = stage.centroids
         if math.isinf(self.outlier_factor):
             return as_clusters(key, stage, "euclidean")
-        far = distances(key, stage.members.labels, stage.centroids)
+        far = distances(key, stage.members.labels, stage.centroids, form)
         members = (stage.members.labels >= 0).sum()
         sums = total(torch.stack([far.sum(dtype=torch.float64), members.double()]), layout.ranks)
         limit = (self.outlier_factor * sums[0] / sums[1]).to(far.dtype)
@@ -205,8 +229,8 @@ class AdaCluster:
             stages += 1
             wanted = max(_MIN_STAGE, math.ceil(2 * most * start / tokens))
             seeds = spread_tokens(key, min(wanted, room), self.seed + stages, outlier)
-            stage = kmeans(key, seeds, iterations=self.first_iterations, include=outlier)
+            stage = kmeans(key, seeds, iterations=self.first_iterations, include=outlier, form=form)
             centroids = torch.cat([centroids, stage.centroids], dim=2)
-            outlier = outlier & (distances(key, stage.members.labels, stage.centroids) > limit)
-        found = kmeans(key, centroids, iterations=1, include=valid)
+            outlier = outlier & (distances(key, stage.members.labels, stage.centroids, form) > limit)
+        found = kmeans(key, centroids, iterations=1, include=valid, form=form)
         return as_clusters(key, found, "euclidean")

@@ -24,6 +24,7 @@ def cluster_tokens(
     iterations: int,
     metric: Metric,
     seed: int,
+    form: Tensor | None = None,
 ) -> Clusters:
     """Cluster the video tokens from scratch, each head by itself.
 
@@ -34,17 +35,26 @@ def cluster_tokens(
         iterations: Lloyd iterations.
         metric: ``"euclidean"`` or ``"cosine"``.
         seed: Chooses the tokens that k-means starts from.
+        form: Under which tokens are near each other; see :mod:`adamac.attention.logit_metric`.
     """
     valid = layout.video_valid()
     initial = spread_tokens(points, min(num_clusters, points.shape[2]), seed, valid)
-    found = kmeans(points, initial, iterations=iterations, metric=metric, include=valid)
+    found = kmeans(points, initial, iterations=iterations, metric=metric, include=valid, form=form)
     return as_clusters(points, found, metric)
 
 
-def refine(points: Tensor, start: Tensor, layout: Layout, *, iterations: int, metric: Metric) -> Clusters:
-    """Cluster the tokens of the next step, starting from the former step's centroids."""
+def refine(
+    points: Tensor,
+    start: Tensor,
+    layout: Layout,
+    *,
+    iterations: int,
+    metric: Metric,
+    form: Tensor | None = None,
+) -> Clusters:
+    """Cluster the tokens of the next step, starting from the former step's centroids; see :func:`cluster_tokens`."""
     valid = layout.video_valid()
-    found = kmeans(points, start, iterations=iterations, metric=metric, include=valid)
+    found = kmeans(points, start, iterations=iterations, metric=metric, include=valid, form=form)
     return as_clusters(points, found, metric)
 
 

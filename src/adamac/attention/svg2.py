@@ -51,9 +51,20 @@ class SVG2:
         previous = usable(previous, query, layout)
         video_query, video_key = video_parts(query, key, layout)
         if previous is None:
-            fresh = {"iterations": self.first_iterations, "seed": self.seed}
-            queries = cluster_tokens(video_query, self.query_clusters, layout, metric="euclidean", **fresh)
-            keys = cluster_tokens(video_key, self.key_clusters, layout, metric="euclidean", **fresh)
+            queries, keys = (
+                cluster_tokens(
+                    tokens,
+                    clusters,
+                    layout,
+                    iterations=self.first_iterations,
+                    metric="euclidean",
+                    seed=self.seed,
+                )
+                for tokens, clusters in (
+                    (video_query, self.query_clusters),
+                    (video_key, self.key_clusters),
+                )
+            )
         else:
             start_queries, start_keys = previous.centroids()
             queries = refine(

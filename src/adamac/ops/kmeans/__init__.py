@@ -5,6 +5,10 @@ error of its logit. ``"cosine"`` is what queries are clustered by in AdaCluster,
 does not depend on its length: points are put on the unit sphere, and so are the centroids after each update (spherical
 k-means).
 
+Either can be measured under a quadratic form ``F``, one a head: a difference ``x`` then has the squared length ``x F x``. The
+form of the other side of attention, the second moments of the queries for keys, makes it the mean squared difference of
+logits. Points are not transformed for it: ``argmin (p-c) F (p-c)`` is ``argmax p (F c) - c F c / 2``, so only centroids are.
+
 A point labelled ``-1`` (padding) takes no part. A cluster that loses all its points keeps its old centroid.
 Distances are held for a slice of the points at a time, never for all of them.
 """
@@ -49,7 +53,12 @@ class Lloyd:
 
 
 def nearest(
-    points: Tensor, centroids: Tensor, metric: Metric = "euclidean", *, impl: Impl = "auto"
+    points: Tensor,
+    centroids: Tensor,
+    metric: Metric = "euclidean",
+    *,
+    form: Tensor | None = None,
+    impl: Impl = "auto",
 ) -> Tensor:
     """Find the nearest centroid of every point; ties go to the lower index (in the kernel, to the same one always).
 
@@ -57,7 +66,8 @@ def nearest(
         points: ``[batch, heads, tokens, dim]``.
         centroids: ``[batch, heads, clusters, dim]``.
         metric: ``"euclidean"``, or ``"cosine"`` for the largest cosine.
-        impl: ``"torch"``, ``"triton"`` (which rounds centroids to the points' dtype, and similarities to 17 bits) or ``"auto"``.
+        form: ``[batch, heads, dim, dim]``, symmetric and positive semidefinite; ``None`` is the identity.
+        impl: ``"torch"``, ``"triton"`` (which rounds directions to the points' dtype, and similarities to 17 bits) or ``"auto"``.
 
     Returns:
         ``[batch, heads, tokens]`` int64, or int32 from the kernel.
@@ -67,29 +77,51 @@ def nearest(
     """
     expected = (*points.shape[:2], centroids.shape[-2], points.shape[-1])
     check_shape("centroids", centroids, expected, like=points)
-    if chosen(impl, points) == "triton":
+    on_kernel = chosen(impl, points) == "triton"
+    directions, offset = _directions(
+        accurate(centroids), metric, form, rounded=points.dtype if on_kernel else None
+    )
+    if on_kernel:
         from adamac.ops.kmeans import triton as kernels
 
-        if metric == "cosine":
-            centroids = torch.nn.functional.normalize(accurate(centroids), dim=-1)
-        return kernels.nearest(points, centroids, metric == "euclidean")
-    points, centroids = accurate(points), accurate(centroids)
+        return kernels.nearest(points, directions, offset)
+    points = accurate(points)
     batch, heads, tokens, _ = points.shape
-    if metric == "cosine":  # the point's own length changes no order, so only the centroids are normalised
-        offset = None
-        centroids = torch.nn.functional.normalize(centroids, dim=-1)
-    else:  # argmin |p - c|^2 = argmax p.c - |c|^2 / 2
-        offset = centroids.square().sum(-1).mul_(-0.5).unsqueeze(-2)
     at_once = _SLICE_ELEMENTS["cpu" if points.device.type == "cpu" else "other"]
     step = max(1, at_once // (batch * heads * centroids.shape[2]))
     labels = torch.empty(batch, heads, tokens, dtype=torch.long, device=points.device)
-    transposed = centroids.transpose(-1, -2)
+    transposed = directions.to(points.dtype).transpose(-1, -2)
     for start in range(0, tokens, step):
         similarity = points[:, :, start : start + step] @ transposed
         if offset is not None:
-            similarity += offset
+            similarity += offset.unsqueeze(-2)
         labels[:, :, start : start + step] = similarity.argmax(-1)
     return labels
+
+
+def _directions(
+    centroids: Tensor, metric: Metric, form: Tensor | None, rounded: torch.dtype | None
+) -> tuple[Tensor, Tensor | None]:
+    """Turn "nearest" into "largest product with a direction, plus an offset".
+
+    Args:
+        centroids: In the precision of plans.
+        metric: Of :func:`nearest`.
+        form: Of :func:`nearest`.
+        rounded: What directions will be rounded to; the offset is such that this moves no similarity at the centroid itself.
+
+    Returns:
+        Directions like ``centroids`` and offsets ``[batch, heads, clusters]``, ``None`` for none.
+    """
+    directions = centroids if form is None else centroids @ form.to(centroids.dtype)
+    size = (directions * centroids).sum(-1)
+    if metric == "cosine":  # the point's own length changes no order
+        least = torch.finfo(size.dtype).tiny
+        return directions * size.clamp_min(least).rsqrt().unsqueeze(-1), None
+    if rounded is None:
+        return directions, size.mul_(-0.5)
+    directions = directions.to(rounded)
+    return directions, 0.5 * size - (directions.to(size.dtype) * centroids).sum(-1)
 
 
 def kmeans(
@@ -99,6 +131,7 @@ def kmeans(
     iterations: int,
     metric: Metric = "euclidean",
     include: Tensor | None = None,
+    form: Tensor | None = None,
     impl: Impl = "auto",
 ) -> Lloyd:
     """Run Lloyd iterations (assign, then update) from the given centroids.
@@ -109,6 +142,8 @@ def kmeans(
         iterations: How many, at least 1.
         metric: ``"euclidean"`` or ``"cosine"`` (spherical k-means).
         include: ``[batch, heads or 1, tokens]`` bool, which points take part; ``None`` means all.
+        form: ``[batch, heads, dim, dim]``, under which points are near each other or not; ``None`` is the identity.
+            Centroids are means either way.
         impl: ``"torch"``, ``"triton"`` or ``"auto"``.
 
     Returns:
@@ -119,14 +154,14 @@ def kmeans(
     """
     if iterations < 1:
         raise ValueError(f"kmeans needs at least one iteration, got {iterations}")
-    found = _iterate(points, accurate(initial), metric, include, impl)
+    found = _iterate(points, accurate(initial), metric, include, form, impl)
     for _ in range(iterations - 1):
-        found = _iterate(points, found.centroids, metric, include, impl)
+        found = _iterate(points, found.centroids, metric, include, form, impl)
     return found
 
 
-def distances(points: Tensor, labels: Tensor, centroids: Tensor) -> Tensor:
-    """Measure how far each point is from its own centroid.
+def distances(points: Tensor, labels: Tensor, centroids: Tensor, form: Tensor | None = None) -> Tensor:
+    """Measure how far each point is from its own centroid, under a form if one is given (see :func:`kmeans`).
 
     Returns:
         ``[batch, heads, tokens]``, zero for points labelled -1.
@@ -138,7 +173,9 @@ def distances(points: Tensor, labels: Tensor, centroids: Tensor) -> Tensor:
         part = accurate(points[:, :, start : start + step])
         index = labels[:, :, start : start + step].long().clamp_min(0).unsqueeze(-1).expand_as(part)
         own = torch.gather(centroids.to(part.dtype), 2, index)
-        found[:, :, start : start + step] = (part - own).norm(dim=-1)
+        apart = part - own
+        weighed = apart if form is None else apart @ form.to(apart.dtype)
+        found[:, :, start : start + step] = (weighed * apart).sum(-1).clamp_min_(0).sqrt_()
     return found.masked_fill_(labels < 0, 0.0)
 
 
@@ -172,8 +209,10 @@ def spread_tokens(points: Tensor, clusters: int, seed: int, include: Tensor | No
     return torch.gather(points, 2, index.unsqueeze(-1).expand(-1, -1, -1, dim))
 
 
-def _iterate(points: Tensor, old: Tensor, metric: Metric, include: Tensor | None, impl: Impl) -> Lloyd:
-    labels = nearest(points, old, metric, impl=impl)
+def _iterate(
+    points: Tensor, old: Tensor, metric: Metric, include: Tensor | None, form: Tensor | None, impl: Impl
+) -> Lloyd:
+    labels = nearest(points, old, metric, form=form, impl=impl)
     if include is not None:
         labels = labels.masked_fill(~include, -1)
     return _update(points, Segments(labels, old.shape[2]), old, metric, impl)

@@ -1,7 +1,7 @@
 """Nearest centroid in one kernel: a tile of points meets the centroids block by block, and only labels are written.
 
-Similarities are computed by the matrix units from the points' own dtype and held, like norms, in float32. Centroids are
-rounded to that dtype first; the offset is that of the rounded centroid, so the label is that of the nearest rounded one.
+Similarities are computed by the matrix units from the points' own dtype and held, like offsets, in float32. Directions are
+rounded to that dtype first; their offsets make up for it where it matters, at the centroid.
 
 The last six bits of a similarity make room for the place of its centroid in the block, so that one maximum finds both: with
 places beside them a block takes half as many instructions again, more than the matrix units need for its products. What is
@@ -21,38 +21,37 @@ from adamac.ops.launch import interpreted, power_of_two
 _FARTHEST = -3e38
 
 
-def nearest(points: Tensor, centroids: Tensor, euclidean: bool) -> Tensor:
-    """Find the nearest centroid of every point, to 17 bits of the similarity.
+def nearest(points: Tensor, directions: Tensor, offset: Tensor | None) -> Tensor:
+    """Find for every point the cluster whose direction has the largest product with it, offset added, to 17 bits.
 
-    Of equally near centroids it is always the same one: of the first block that has one, the first if the similarity is
-    positive, that is, if they are nearer to the point than the origin is or their cosine is positive; else the last.
+    Of equal ones it is always the same: of the first block that has one, the first if the similarity is positive, that is,
+    if the centroid is nearer to the point than the origin is or their cosine is positive; else the last.
 
     Args:
         points: ``[batch, heads, tokens, dim]``.
-        centroids: ``[batch, heads, clusters, dim]``, on the unit sphere if not ``euclidean``.
-        euclidean: Smallest distance, or else largest product.
+        directions: ``[batch, heads, clusters, dim]``; rounded to the points' dtype.
+        offset: ``[batch, heads, clusters]``, or ``None`` for zero.
 
     Returns:
         ``[batch, heads, tokens]`` int32.
     """
     batch, heads, tokens, dim = points.shape
     points = points if points.stride(-1) == 1 else points.contiguous()
-    clusters = centroids.shape[2]
+    clusters = directions.shape[2]
     width = max(16, power_of_two(dim))
     rows, block, stages = _launch(width * points.element_size())
     # Whole blocks of centroids, filled up by some that are farther than any, so that the kernel masks nothing.
     whole = triton.cdiv(clusters, block) * block
     rounded = points.new_zeros(batch, heads, whole, dim)
-    rounded[:, :, :clusters] = centroids
-    offset = torch.full((batch, heads, whole), _FARTHEST, device=points.device)
-    # argmin |p - c|^2 = argmax p.c - |c|^2 / 2
-    offset[:, :, :clusters] = -0.5 * rounded[:, :, :clusters].float().square().sum(-1) if euclidean else 0.0
+    rounded[:, :, :clusters] = directions
+    offsets = torch.full((batch, heads, whole), _FARTHEST, device=points.device)
+    offsets[:, :, :clusters] = 0.0 if offset is None else offset
     labels = torch.empty(batch, heads, tokens, dtype=torch.int32, device=points.device)
     with torch.cuda.device_of(points):  # Triton launches on the current device
         _nearest[(triton.cdiv(tokens, rows), batch * heads)](
             points,
             rounded,
-            offset,
+            offsets,
             labels,
             heads,
             tokens,
