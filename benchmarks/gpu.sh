@@ -4,7 +4,8 @@
 #   tests=90       the GPU tests of attention's kernels, names of failures printed
 #   sanitize=120   compute-sanitizer's memcheck over the same kernels at small shapes
 #   attention=230  one call at 15 and 8 %, all shapes, all rivals    densities=150  the same at 30 and 5 %
-#   cog=60 wan1=130 wan14=150 hunyuan=190 hunyuan193=300            denoising steps of real transformers, random weights
+#   cog=60 wan1=130 wan14=200 hunyuan=240 hunyuan193=290            denoising steps of real transformers, random weights
+#   rivals=70                                                       the same for the paper's settings and SVG2's, Wan2.1-1.3B
 #   cogc=100 wan1c=150 wan14c=190                                    the same compiled
 # A rehearsal without a GPU: EXTRA=--tiny SHAPES=tiny bash benchmarks/gpu.sh out/rehearsal attention wan14
 set -u
@@ -24,7 +25,7 @@ for each in "$@"; do
   minutes=$(python3 -c "print(max($limit - 12, 1) / 60)"); began=$SECONDS
   echo "== $(date +%T) $part, at most $limit s"
   case $part in
-    tests) run="python3 -m pytest -q -rf -p no:cacheprovider tests/ops tests/attention/test_device.py" ;;
+    tests) run="python3 -m pytest -q -rf --tb=short -n ${WORKERS:-8} -p no:cacheprovider tests/ops tests/attention/test_device.py" ;;
     sanitize) export PYTORCH_NO_CUDA_MEMORY_CACHING=1
       run="compute-sanitizer --tool memcheck python3 -m pytest -q -x -p no:cacheprovider tests/ops/test_cluster_attention.py -k bits" ;;
     attention) run='for s in ${SHAPES:-wan-14b hunyuan-129f hunyuan-193f wan-1.3b cogvideox-2b}; do bench --shapes $s --densities 0.15 0.08 --rounds 3; done' ;;
@@ -32,10 +33,11 @@ for each in "$@"; do
     cog) run="steps end_to_end --models cogvideox-2b --arms stock best_dense default_15 default_8 --rounds 2 --dense-steps 5 --sparse-steps 15" ;;
     cogc) run="steps compiled --models cogvideox-2b --arms best_dense default_15 default_8 --compile --rounds 1 --dense-steps 5 --sparse-steps 15" ;;
     wan1) run="steps end_to_end --models wan-1.3b --arms stock best_dense default_15 default_8 --rounds 2 --dense-steps 5 --sparse-steps 20" ;;
+    rivals) run="steps end_to_end --models wan-1.3b --arms best_dense default_15 paper svg2 --rounds 1 --dense-steps 3 --sparse-steps 5" ;;
     wan1c) run="steps compiled --models wan-1.3b --arms best_dense default_15 default_8 --compile --rounds 1 --dense-steps 5 --sparse-steps 10" ;;
-    wan14) run="steps end_to_end --models wan-14b --arms best_dense default_15 default_8 stock $QUICK --dense-steps 3 --sparse-steps 4" ;;
+    wan14) run="steps end_to_end --models wan-14b --arms best_dense default_15 default_8 stock paper $QUICK --dense-steps 3 --sparse-steps 4" ;;
     wan14c) run="steps compiled --models wan-14b --arms best_dense default_15 default_8 --compile $QUICK --dense-steps 3 --sparse-steps 4" ;;
-    hunyuan) run="steps end_to_end --models hunyuan-129f --arms default_15 default_8 best_dense stock --rounds 1 --first-steps 0 --dense-steps 1 --sparse-steps 3" ;;
+    hunyuan) run="steps end_to_end --models hunyuan-129f --arms default_15 default_8 best_dense stock paper --rounds 1 --first-steps 0 --dense-steps 1 --sparse-steps 3" ;;
     hunyuan193) run="steps end_to_end --models hunyuan-193f --arms default_8 default_15 best_dense stock --rounds 1 --first-steps 0 --dense-steps 1 --sparse-steps 3" ;;
     *) echo "no part $part" >&2; exit 2 ;;
   esac

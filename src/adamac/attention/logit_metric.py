@@ -31,7 +31,7 @@ def form_of_keys(query: Tensor, valid: Tensor | None = None) -> Tensor:
         valid: ``[batch, 1, tokens]`` bool, ``False`` for padding; ``None`` means no padding.
 
     Returns:
-        ``[batch, heads, head_dim, head_dim]`` in the precision of plans, scaled to a mean of 1 on its diagonal.
+        ``[batch, heads, head_dim, head_dim]`` in the precision of plans; the largest row sum of its magnitudes is 1.
     """
     sample, weights = _sampled(query, valid)
     return _scaled((sample * weights).transpose(-1, -2) @ sample)
@@ -61,7 +61,10 @@ def _sampled(tokens: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def _scaled(form: Tensor) -> Tensor:
-    """Scale each matrix to a mean of 1 on its diagonal; what has no extent in any direction becomes the identity."""
-    size = form.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    """Scale each matrix so that no product with it is larger than what it is a product of, in float16 either.
+
+    What has no extent in any direction becomes the identity.
+    """
+    size = form.abs().sum(-1).amax(-1)[..., None, None]
     identity = torch.eye(form.shape[-1], dtype=form.dtype, device=form.device)
     return torch.where(size > 0, form / size.clamp_min(torch.finfo(form.dtype).tiny), identity)
