@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import time
+from contextlib import ExitStack
 from importlib import import_module
 from unittest.mock import patch
 
@@ -91,6 +92,16 @@ def worst_errors(rank: int, tokens: int) -> dict[str, float]:
         some = {kind: routings(tokens, top_k)[kind] for kind in ("random", "skew")}
         errors |= _worst_errors(rank, tokens, top_k, some)
     return errors
+
+
+def worst_errors_by_kernels(rank: int, tokens: int) -> dict[str, float]:
+    """The same of a few routings, with rows and choices put in order by kernels, as on a GPU."""
+    strict()
+    some = {kind: routings(tokens, 3)[kind] for kind in ("random", "dropped", "idle ranks")}
+    with ExitStack() as stack:
+        for module in ("adamac.moe.rows", "adamac.moe.choices"):
+            stack.enter_context(patch(f"{module}.by_kernel", return_value=True))
+        return _worst_errors(rank, tokens, 3, some)
 
 
 def _worst_errors(rank: int, tokens: int, top_k: int, kinds: dict[str, Routing]) -> dict[str, float]:

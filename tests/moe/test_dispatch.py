@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import pytest
-from on_ranks import in_half_precision, layer_errors, order_of_arrival, ways_of_training, worst_errors
+from on_ranks import (
+    in_half_precision,
+    layer_errors,
+    order_of_arrival,
+    ways_of_training,
+    worst_errors,
+    worst_errors_by_kernels,
+)
 
 from adamac.moe import preset
+from adamac.ops.launch import interpreted
 from adamac.testing import assert_within_error_budget, run_ranks
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_any_number_of_ranks_equals_one(ranks):
     for errors in run_ranks(worst_errors, ranks, 21):
+        assert max(errors.values()) < 1e-12, {case: e for case, e in errors.items() if not e < 1e-12}
+
+
+def test_orders_found_by_kernels_give_the_same_answers():
+    if not interpreted():
+        pytest.skip("the ranks are on a CPU: needs Triton's interpreter")
+    for errors in run_ranks(worst_errors_by_kernels, 2, 9):
         assert max(errors.values()) < 1e-12, {case: e for case, e in errors.items() if not e < 1e-12}
 
 

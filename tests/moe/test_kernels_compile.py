@@ -9,18 +9,21 @@ import sys
 PROGRAM = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
+from adamac.moe.choices import triton as choices
 from adamac.moe.rows import triton as rows
 from adamac.ops.gate import triton as gate
 
 POINTERS = {
     "logits": "*fp32", "bias": "*fp32", "weights": "*fp32", "sums": "*fp32", "of_weights": "*fp32", "of_mass": "*fp32",
     "out": "*fp32", "chosen": "*i64", "labels": "*i64", "counts": "*i32", "ends": "*i64", "flat": "*i64",
-    "sources": "*i64", "where": "*i64", "lengths": "*i64",
+    "sources": "*i64", "where": "*i64", "lengths": "*i64", "dropped": "*i1", "numbers": "*i32", "places": "*i64",
+    "codes": "*i32", "begun": "*i32", "table": "*fp32",
 }
 
 
-def compiled(kernel, **constants):
-    signature = {name: "constexpr" if name in constants else POINTERS.get(name, "i32") for name in kernel.arg_names}
+def compiled(kernel, others={}, **constants):
+    types = POINTERS | others
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
     compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32))
 
 
@@ -31,11 +34,18 @@ for softmax in (True, False):
 compiled(rows._count, BLOCK=256, NUMBER=64)
 compiled(rows._place, BLOCK=256, NUMBER=64)
 compiled(rows._runs, RUNS=64, ALL=64, BLOCK=256)
+for ranks in (2, 100):
+    shape = {"TOP_K": 8, "DROPPED": ranks == 2, "BLOCK": 32, "RANKS": 128 if ranks == 100 else 2}
+    experts = {"experts": "*i64", "counts": "*i64"}
+    compiled(choices._count, experts, **shape)
+    compiled(choices._place, experts, **shape)
+compiled(choices._begun, BLOCK=1024)
+compiled(choices._tables, {"experts": "*i32"}, BLOCK=1024)
 print("compiled")
 """
 
 
-def test_kernels_of_the_router_and_of_sorting_compile_for_hopper():
+def test_kernels_of_the_router_of_sorting_and_of_choices_compile_for_hopper():
     command = [sys.executable, "-c", PROGRAM]
     answer = subprocess.run(
         command, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "0"}

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from adamac.moe.choices import Choices, by_rank, tabled
 from adamac.moe.dispatch.all_to_all import announced
 from adamac.moe.dispatch.common import Meter, OverRanks, Sent, divided, local_experts, refuse_not_finite
 from adamac.moe.dispatch.exchange import Splits, Started, finish, start
@@ -33,7 +34,7 @@ class PerRank(OverRanks):
         local = local_experts(routing.num_experts, self.ranks)
         parts = divided(rows, routing, chunks)
         with meter.clock.stage("permute"):
-            choices = [_by_rank(routed, local, self.ranks) for _, routed in parts]
+            choices = [by_rank(routed, local, self.ranks) for _, routed in parts]
         with meter.clock.stage("send"):
             splits = self._announce(choices, routing, meter)
         return [
@@ -42,27 +43,29 @@ class PerRank(OverRanks):
         ]
 
     def _announce(
-        self, choices: list[_Choices], routing: Routing, meter: Meter
+        self, choices: list[Choices], routing: Routing, meter: Meter
     ) -> list[tuple[Splits, Splits]]:
         """Tell each rank how many rows and choices it gets; return, by chunk, how rows are split and how choices are."""
-        numbers = torch.stack([count for chosen in choices for count in (chosen.copied, chosen.counts)], 1)
+        numbers = [chosen.counts for chosen in choices]
+        both = announced(
+            numbers[0] if len(numbers) == 1 else torch.cat(numbers, 1), routing, self.group, meter
+        )
         # A list for each number, of ranks.
-        told = torch.stack(announced(numbers, routing, self.group, meter)).mT.tolist()
-        (*out, _), (*back, fine) = told
-        refuse_not_finite(fine)
+        out, back = (list(zip(*of_ranks, strict=True)) for of_ranks in torch.stack(both).tolist())
+        refuse_not_finite([*back[-1]])
         return [
             (
-                Splits(self.group, out[place], back[place], "payload", meter.traffic),
-                Splits(self.group, out[place + 1], back[place + 1], "metadata", meter.traffic),
+                Splits(self.group, [*out[place]], [*back[place]], "payload", meter.traffic),
+                Splits(self.group, [*out[place + 1]], [*back[place + 1]], "metadata", meter.traffic),
             )
-            for place in range(0, len(out), 2)
+            for place in range(0, 2 * len(choices), 2)
         ]
 
     def _send_chunk(
         self,
         rows: Tensor,
         routing: Routing,
-        choices: _Choices,
+        choices: Choices,
         splits: Splits,
         aside: Splits,
         local: int,
@@ -72,57 +75,19 @@ class PerRank(OverRanks):
             copies = choices.copies.first(sum(splits.out))
             kept = choices.order.first(sum(aside.out))
             rows, weights = spread(rows, copies), _reordered(routing.weights, kept)
-            experts = _marked(routing, kept, local, self.ranks)
         with meter.clock.stage("send"):
             travelling = (
-                start(experts, aside),
-                start(weights.unsqueeze(1), aside),
+                start(choices.codes[: len(kept.flat)].unsqueeze(1), aside),
+                start(weights, aside),
                 start(rows, splits),
             )
         return _Copies(splits, travelling, copies, local, min(local, routing.top_k), meter)
 
 
-@dataclass
-class _Choices:
-    """Where choices and rows go. How many there are is not known here yet: both orders are as long as they can be.
-
-    Attributes:
-        order: Of the choices, by rank and by token within.
-        counts: ``[ranks]`` int64, choices of each rank.
-        copies: Of the rows, one for each rank that a token has any choice on.
-        copied: ``[ranks]`` int64, rows for each rank.
-    """
-
-    order: Order
-    counts: Tensor
-    copies: Order
-    copied: Tensor
-
-
-def _by_rank(routing: Routing, local: int, ranks: int) -> _Choices:
-    rank = routing.experts // local
-    if routing.dropped is not None:
-        rank = rank.masked_fill(routing.dropped, ranks)
-    needed = rank.new_full((routing.tokens, ranks + 1), ranks).scatter_(1, rank, rank)[:, :ranks]
-    order, counts = by_label(rank, ranks, rank.numel(), full=routing.dropped is None)
-    copies, copied = by_label(needed, ranks, needed.numel())
-    return _Choices(order, counts, copies, copied)
-
-
 def _reordered(weights: Tensor, order: Order) -> Tensor:
-    """Weights in the order of the choices."""
-    return spread(
-        weights.reshape(-1, 1), Order(order.flat, order.where.view(-1, 1), order.full, order.flat)
-    ).squeeze(1)
-
-
-def _marked(routing: Routing, order: Order, local: int, ranks: int) -> Tensor:
-    """What is said of a choice: twice its expert's number over there, plus one if it is the first of its row."""
-    experts = routing.experts.flatten()[order.flat]
-    owner = order.source * ranks + experts // local
-    first = torch.ones_like(owner, dtype=torch.bool)
-    first[1:] = owner[1:] != owner[:-1]
-    return (experts % local * 2 + first).int().unsqueeze(1)
+    """Weights in the order of the choices: ``[n, 1]``."""
+    alone = Order(order.flat, order.where.view(-1, 1), order.full, order.flat)
+    return spread(weights.reshape(-1, 1), alone)
 
 
 @dataclass
@@ -139,19 +104,12 @@ class _Copies:
     def arrive(self) -> tuple[Tensor, Tensor]:
         # What is small is read and sorted while the rows still travel.
         *aside, payload = self.travelling
-        copies = sum(self.splits.back)
         with self.meter.clock.stage("send"):
-            marked, weights = (finish(travelling) for travelling in aside)
+            codes, weights = (finish(travelling).squeeze(1) for travelling in aside)
         with self.meter.clock.stage("permute"):
-            marked = marked.squeeze(1)
-            row = (marked & 1).cumsum(0) - 1
-            # A row's choices lie together: a choice's place among them is its distance from the first.
-            begins = torch.searchsorted(row, torch.arange(copies, device=row.device))
-            slot = row * self.slots + torch.arange(len(row), device=row.device) - begins[row]
-            labels = marked.new_full((copies * self.slots,), -1).index_put((slot,), marked >> 1)
-            self.order, counts = by_label(labels.view(copies, self.slots), self.local, len(row))
-            empty = weights.new_zeros(copies * self.slots)
-            self.weights = empty.index_put((slot,), weights.squeeze(1)).view(copies, self.slots)
+            copies = sum(self.splits.back)
+            labels, self.weights = tabled(codes, weights, copies, self.local, self.slots)
+            self.order, counts = by_label(labels, self.local, len(codes))
         with self.meter.clock.stage("send"):
             rows = finish(payload)
         with self.meter.clock.stage("permute"):

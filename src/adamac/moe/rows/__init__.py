@@ -64,7 +64,7 @@ def by_label(
     Returns:
         The order, and the rows of each label: ``[number]`` int64.
     """
-    if _by_kernel(impl, labels) and labels.numel():
+    if by_kernel(impl, labels) and labels.numel():
         from adamac.moe.rows import triton as kernels
 
         flat, where, sources, counts = kernels.sorting(labels, number)
@@ -92,7 +92,7 @@ def by_run(lengths: Tensor, rows: int, *, impl: Impl = "auto") -> Order:
         rows: Their sum.
         impl: ``"torch"``, ``"triton"`` or ``"auto"``.
     """
-    if _by_kernel(impl, lengths) and rows:
+    if by_kernel(impl, lengths) and rows:
         from adamac.moe.rows import triton as kernels
 
         flat, where = kernels.by_run(lengths, rows)
@@ -130,7 +130,7 @@ def segment_lengths(labels: Tensor, number: int) -> Tensor:
 
 def spread(rows: Tensor, order: Order, *, impl: Impl = "auto") -> Tensor:
     """Copy each token's row to all its slots: ``[tokens, width]`` to ``[n, width]``."""
-    if _differentiated(rows):
+    if differentiated(rows):
         return _Spread.apply(rows, order, impl)
     return rows[order.source]
 
@@ -147,7 +147,7 @@ def gathered(rows: Tensor, order: Order, weights: Tensor | None = None, *, impl:
     Returns:
         ``[tokens, width]``.
     """
-    if _differentiated(rows, weights):
+    if differentiated(rows, weights):
         return _Gathered.apply(rows, weights, order, impl)
     return _sums(rows, order, weights, impl)
 
@@ -186,7 +186,7 @@ class _Gathered(torch.autograd.Function):
         return *reference.gradients(rows, ctx.order, weights, gradients[0]), None, None
 
 
-def _differentiated(*tensors: Tensor | None) -> bool:
+def differentiated(*tensors: Tensor | None) -> bool:
     """Whether autograd has to know; telling it costs the host as much as an operation."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
@@ -201,6 +201,6 @@ def _sums(rows: Tensor, order: Order, weights: Tensor | None, impl: Impl) -> Ten
     return reference.sums(rows, order, weights)
 
 
-def _by_kernel(impl: Impl, indices: Tensor) -> bool:
+def by_kernel(impl: Impl, indices: Tensor) -> bool:
     """Whether a kernel puts these in order; the dtype that :func:`chosen` asks for is that of rows, and there are none here."""
     return chosen(impl, indices.new_empty(0, dtype=torch.float32)) == "triton"

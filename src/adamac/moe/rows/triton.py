@@ -74,14 +74,15 @@ def sorting(labels: Tensor, number: int) -> tuple[Tensor, Tensor, Tensor, Tensor
     labels = labels.contiguous()
     counts = torch.empty(number, programs, dtype=torch.int32, device=labels.device)
     flat, sources, where = torch.empty(3, total, dtype=torch.int64, device=labels.device).unbind()
+    lengths = torch.empty(number, dtype=torch.int64, device=labels.device)
     sizes = {"BLOCK": block, "NUMBER": power_of_two(number)}
     with torch.cuda.device_of(labels):
         _count[(programs,)](labels, counts, total, number, programs, **sizes)
         ends = counts.flatten().cumsum(0)
         _place[(programs,)](
-            labels, counts, ends, flat, sources, where, total, slots, number, programs, **sizes
+            labels, counts, ends, flat, sources, where, lengths, total, slots, number, programs, **sizes
         )
-    return flat, where.view(labels.shape), sources, counts.sum(1)
+    return flat, where.view(labels.shape), sources, lengths
 
 
 def by_run(lengths: Tensor, rows: int) -> tuple[Tensor, Tensor]:
@@ -187,6 +188,7 @@ def _place(
     flat,
     sources,
     where,
+    lengths,
     total,
     slots,
     number,
@@ -199,6 +201,11 @@ def _place(
     place = known.to(tl.int64) * programs + tl.program_id(0)
     end = tl.load(ends + place, mask=known < number, other=0)
     start = (end - tl.load(counts + place, mask=known < number, other=0)).to(tl.int32)
+    if tl.program_id(0) == 0:  # where a label's rows end, less where the label's before it do
+        first = known.to(tl.int64) * programs
+        before = tl.load(ends + first - 1, mask=(known > 0) & (known < number), other=0)
+        last = tl.load(ends + first + programs - 1, mask=known < number, other=0)
+        tl.store(lengths + known, last - before, mask=known < number)
     # A slot's row: where its label starts, and how many slots of this program before it have the same.
     row = tl.sum(has * (start[None, :] + tl.cumsum(has, 0) - 1), 1)
     some = tl.sum(has, 1) > 0
