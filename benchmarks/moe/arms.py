@@ -86,7 +86,7 @@ def make_arms(case: LayerCase, router: Tensor, crew: Crew, dtype: torch.dtype) -
 
 
 def _arm(preset_name: str, dispatcher: str, layer: MoE, crew: Crew) -> Arm:
-    made = choose(dispatcher, layer.config, crew.group)
+    made = choose(dispatcher, layer.config, crew.group).dispatcher
 
     def forward(x: Tensor) -> Tensor:
         layer.dispatcher = made

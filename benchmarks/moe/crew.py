@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from adamac.advise.machine import Machine
+from adamac.moe.cost.machine import Machine
 
 # A rank whose step failed waits this long for word that the others' failed too. They may be stuck in what it left.
 _FAILED_WAIT_S = 20.0

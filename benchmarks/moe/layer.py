@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from adamac.advise.moe import predict
 from adamac.moe import MoE
+from adamac.moe.cost import predict
 from adamac.moe.timing import Clock, StageClock
 from adamac.moe.traffic import flops_per_token, parameters
 

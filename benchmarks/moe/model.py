@@ -55,7 +55,7 @@ class _Arm:
     def take(self) -> GPT:
         """The model, sending its rows this arm's way."""
         for moe in self.model.moes:
-            moe.dispatcher = choose(self.dispatcher, moe.config, self.crew.group)
+            moe.dispatcher = choose(self.dispatcher, moe.config, self.crew.group).dispatcher
         return self.model
 
 

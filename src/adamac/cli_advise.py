@@ -17,14 +17,15 @@ from adamac.bakeoff.errors import BadInput
 
 if TYPE_CHECKING:
     from adamac.advise.check import Check
-    from adamac.advise.cost import Kind
-    from adamac.advise.machine import Machine
-    from adamac.advise.moe import Comparison, Network
+    from adamac.advise.moe import Comparison
+    from adamac.moe.cost.constants import Kind
+    from adamac.moe.cost.machine import Machine
+    from adamac.moe.cost.predict import Network
     from adamac.moe.presets import MoEConfig
 
 _GIGA, _TERA = 1e9, 1e12
 _DEFAULT_RANKS = 8
-# As adamac.advise.machine has them; repeated so that help answers without torch.
+# As adamac.moe.cost.machine has them; repeated so that help answers without torch.
 _COLLECTIVES: tuple[Kind, ...] = ("all_to_all", "all_gather", "reduce_scatter")
 
 
@@ -105,7 +106,7 @@ def _measured(options: Advise, sides: tuple[MoEConfig, MoEConfig], console: Cons
 
     from adamac.advise.check import check, checked
     from adamac.advise.measure import measure
-    from adamac.advise.moe import predict
+    from adamac.moe.cost.predict import predict
     from adamac.moe.lm.world import World
 
     world = World.join(options.device)
@@ -281,7 +282,7 @@ def _sides(options: Advise) -> tuple[MoEConfig, MoEConfig]:
 
 
 def _machine(options: Advise) -> Machine:
-    from adamac.advise.machine import Machine
+    from adamac.moe.cost.machine import Machine
 
     if options.machine is None:
         return _given(options)
@@ -289,7 +290,7 @@ def _machine(options: Advise) -> Machine:
 
 
 def _given(options: Advise) -> Machine:
-    from adamac.advise.machine import machine_of
+    from adamac.moe.cost.machine import machine_of
 
     return machine_of(
         flops_per_s=_times(options.flops, _TERA),
@@ -302,7 +303,7 @@ def _given(options: Advise) -> Machine:
 
 def _linked(machine: Machine, options: Advise) -> Machine:
     """A measured machine on the fabric that was asked for, or on an assumed one if it has none."""
-    from adamac.advise.machine import LINK_BYTES_PER_S
+    from adamac.moe.cost.machine import LINK_BYTES_PER_S
 
     latency = _times(options.latency, 1e-3)
     if options.bandwidth is not None:
@@ -317,7 +318,7 @@ def _linked(machine: Machine, options: Advise) -> Machine:
 
 
 def _network(options: Advise) -> Network | None:
-    from adamac.advise.moe import Network
+    from adamac.moe.cost.predict import Network
 
     if options.nodes == 1 or options.node_bandwidth is None:
         return None

@@ -6,8 +6,8 @@ import torch.distributed as dist
 
 from adamac.advise.bench import Sizes
 from adamac.advise.check import Check, check
-from adamac.advise.machine import Machine
 from adamac.advise.measure import measure
+from adamac.moe.cost.machine import Machine
 
 SIZES = Sizes(
     tokens=(16, 64),

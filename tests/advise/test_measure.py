@@ -10,9 +10,9 @@ from small import SIZES, measured_and_checked
 
 from adamac.advise.bench import Bench
 from adamac.advise.check import Check, check, checked
-from adamac.advise.cost import KINDS
-from adamac.advise.machine import COLLECTIVES, machine_of
 from adamac.advise.measure import measure
+from adamac.moe.cost.constants import KINDS
+from adamac.moe.cost.machine import COLLECTIVES, machine_of
 from adamac.testing import run_ranks
 
 

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 
 from adamac.advise import Cost, Machine, Network, compare, machine_of, predict, project
-from adamac.advise.cost import KINDS
 from adamac.moe import MoEConfig, preset
+from adamac.moe.cost.constants import KINDS
 from adamac.moe.traffic import bytes_sent, flops_per_token, metadata_bytes
 
 FINE, BIGMAC = (preset(name, 2048, 64, 8, 0.25) for name in ("fine_grained", "bigmac"))

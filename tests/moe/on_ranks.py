@@ -15,6 +15,7 @@ import torch.utils.checkpoint
 from torch import Tensor
 
 from adamac.moe import MoE, MoEConfig
+from adamac.moe.cost import Machine
 from adamac.moe.dispatch import Dispatcher, Meter, choose
 from adamac.moe.dispatch.exchange import Started
 from adamac.moe.parallel import average_gradients, clip_gradients, expert_group, expert_mesh, shard
@@ -125,7 +126,7 @@ def _worst_errors(rank: int, tokens: int, top_k: int, kinds: dict[str, Routing])
                 part = routing.part(here.start, here.stop)
                 leaves = [t.clone().requires_grad_() for t in (rows[here], matrices[own], part.weights)]
                 routed = Routing(part.experts, leaves[2], EXPERTS, part.dropped)
-                output = answer(choose(name, config, group), leaves[0], leaves[1], routed, Meter())
+                output = answer(choose(name, config, group).dispatcher, leaves[0], leaves[1], routed, Meter())
                 found = [output, *torch.autograd.grad(output, leaves, wanted[here])]
                 right = [expected[here], gradients[0][here], gradients[1][own], gradients[2][here]]
                 error = max(_largest(a - b) for a, b in zip(found, right, strict=True))
@@ -247,7 +248,7 @@ def counted_bytes(
         rows = torch.randn(len(sets), config.width, dtype=torch.float64, requires_grad=True)
         weights = torch.rand(len(sets), config.top_k, dtype=torch.float64, requires_grad=True)
         meter = Meter()
-        (sent,) = choose(name, config, dist.group.WORLD).send(
+        (sent,) = choose(name, config, dist.group.WORLD).dispatcher.send(
             rows, Routing(torch.tensor(sets), weights, config.num_experts), meter
         )
         arrived, _ = sent.arrive()
@@ -265,7 +266,9 @@ def order_of_arrival(rank: int, config: MoEConfig) -> dict[str, list[str]]:
     for name in NAMES:
         module, seen = import_module(f"adamac.moe.dispatch.{name}"), done.setdefault(name, [])
         routing = Routing.even(12, config.top_k, config.num_experts)
-        (sent,) = choose(name, config, dist.group.WORLD).send(torch.randn(12, config.width), routing, Meter())
+        (sent,) = choose(name, config, dist.group.WORLD).dispatcher.send(
+            torch.randn(12, config.width), routing, Meter()
+        )
 
         def finish(started: Started, seen=seen, finish=module.finish) -> Tensor:
             seen.append(started.travelling.collective.kind)
@@ -281,6 +284,18 @@ def order_of_arrival(rank: int, config: MoEConfig) -> dict[str, list[str]]:
         with patch.object(module, "finish", finish), patch.object(module, sorts, ordered):
             sent.arrive()
     return done
+
+
+def chosen_dispatchers(
+    rank: int, config: MoEConfig, machines: list[Machine | None], tokens: int
+) -> tuple[str, str, str]:
+    """What ``"auto"`` chose by this rank's machine, its reason, and what the layer prints; or what refused it."""
+    try:
+        with torch.device("meta"):  # as large models are built
+            layer = MoE(config, "auto", dist.group.WORLD, machine=machines[rank], tokens=tokens)
+    except ValueError as error:
+        return "refused", str(error), ""
+    return type(layer.dispatcher).__name__, layer.dispatcher_reason, layer.extra_repr()
 
 
 def _bytes(meter: Meter) -> tuple[int, int]:

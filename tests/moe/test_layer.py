@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from adamac.moe import PRESETS, MoE, MoEConfig, Routing, preset
+from adamac.moe.cost import machine_of
 from adamac.moe.timing import STAGES, StageClock
 
 SMALL = {"hidden": 16, "num_experts": 8, "top_k": 3, "ratio": 0.5}
@@ -185,6 +186,10 @@ def test_nothing_is_sent_on_one_rank():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (
+            {"dispatcher": "local", "machine": machine_of()},
+            'a machine is what "auto" goes by; leave it out, or dispatcher "local"',
+        ),
         ({"dispatcher": "pigeon"}, "dispatcher must be one of auto, local, .*; got 'pigeon'"),
         ({"dispatcher": "per_rank"}, 'dispatcher "per_rank" needs a group of ranks'),
         ({"chunks": 0}, "chunks must be a whole number, at least 1; got 0"),

@@ -1,15 +1,14 @@
 """Cost models: will it pay here?
 
-:mod:`adamac.advise.moe` predicts what a mixture-of-experts layer takes, from the constants of a :class:`Machine` that are measured
-(:mod:`adamac.advise.measure`), given or assumed; :mod:`adamac.advise.check` compares predictions with the layer itself.
+:mod:`adamac.advise.moe` compares two mixture-of-experts layers by what :mod:`adamac.moe.cost` predicts of each; the constants of a
+:class:`Machine` are measured (:mod:`adamac.advise.measure`), given or assumed; :mod:`adamac.advise.check` compares predictions with
+the layer itself.
 """
 
 from __future__ import annotations
 
-from adamac.advise.cost import Cost, Work
-from adamac.advise.machine import Machine, machine_of
-from adamac.advise.moe import Comparison, Network, Prediction, compare, predict, project
-from adamac.advise.pick import fastest_dispatcher
+from adamac.advise.moe import Comparison, compare, project
+from adamac.moe.cost import Cost, Machine, Network, Prediction, Work, fastest_dispatcher, machine_of, predict
 
 __all__ = [
     "Comparison",

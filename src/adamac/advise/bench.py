@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from adamac.advise.cost import Cost, Sample, Work, fit
-from adamac.advise.machine import Machine
-from adamac.advise.moe import Prediction, predict
+from adamac.moe.cost.constants import Cost, Sample, Work, fit
+from adamac.moe.cost.machine import Machine
+from adamac.moe.cost.predict import Prediction, predict
 from adamac.moe.dispatch import DISPATCHERS
 from adamac.moe.layer import MoE
 from adamac.moe.presets import MoEConfig, preset

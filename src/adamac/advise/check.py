@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 from adamac.advise.bench import CPU, GPU, Bench, Case, Sizes
-from adamac.advise.machine import Machine
-from adamac.advise.moe import Prediction
+from adamac.moe.cost.machine import Machine
+from adamac.moe.cost.predict import Prediction
 from adamac.moe.layer import MoE
 from adamac.moe.timing import Stage, StageClock
 

@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 
 from adamac.advise.bench import CPU, GPU, Bench, Sizes
-from adamac.advise.cost import Cost, Kind
-from adamac.advise.machine import COLLECTIVES, Machine
 from adamac.advise.trials import TRIALS
+from adamac.moe.cost.constants import Cost, Kind
+from adamac.moe.cost.machine import COLLECTIVES, Machine
 
 
 def measure(

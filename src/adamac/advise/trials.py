@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from adamac.advise.bench import Bench, Call
-from adamac.advise.cost import Kind, Work
-from adamac.advise.work import Rows, activation, gating, grouped_product, product, sorting
+from adamac.moe.cost.constants import Kind, Work
+from adamac.moe.cost.work import Rows, activation, gating, grouped_product, product, sorting
 from adamac.moe.dispatch.exchange import Gather, Scatter, Splits, exchanged
 from adamac.moe.presets import MoEConfig
 from adamac.moe.routing import Router, Routing

@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from adamac.moe.dispatch import Meter, choose
-from adamac.moe.dispatch.common import local_experts
+from adamac.moe.cost.machine import Machine
+from adamac.moe.dispatch import TOKENS, Meter, choose
 from adamac.moe.experts import Experts, SharedExpert
-from adamac.moe.presets import MoEConfig
+from adamac.moe.presets import MoEConfig, local_experts
 from adamac.moe.routing import Router, Routing
 from adamac.moe.timing import Clock
 from adamac.moe.traffic import Traffic
@@ -44,6 +44,8 @@ class MoE(nn.Module):
     5. ``norm``, if any, and ``ascend`` widen the sum.
 
     Attributes:
+        dispatcher: What moves its rows.
+        dispatcher_reason: Why it is this one, in words; a printed layer says so too.
         losses: The auxiliary losses of the last forward pass by name, unweighted.
         traffic: Bytes that this rank sent in the last forward pass and its backward.
         routing: That of the last forward pass, without gradients.
@@ -56,6 +58,8 @@ class MoE(nn.Module):
         dispatcher: str = "auto",
         group: dist.ProcessGroup | None = None,
         *,
+        machine: Machine | None = None,
+        tokens: int = TOKENS,
         chunks: int = 1,
         impl: MlpImpl = "auto",
         device: torch.device | str | None = None,
@@ -65,22 +69,29 @@ class MoE(nn.Module):
 
         Args:
             config: Its shape.
-            dispatcher: ``"auto"``, ``"local"``, ``"all_to_all"``, ``"per_rank"`` or ``"all_gather"``.
+            dispatcher: ``"local"``, ``"all_to_all"``, ``"per_rank"``, ``"all_gather"``; or ``"auto"``, which on several ranks
+                takes the one that is predicted to be fastest on ``machine`` or, if none is given, the simplest of those that
+                send the fewest bytes. Chosen once, here.
             group: The ranks that its experts are spread over; ``None`` means that all are here.
+            machine: Constants of this machine, as ``adamac advise moe --measure --out`` writes them, for ``"auto"`` alone; on
+                all ranks of the group or on none. The first rank's count, and the others are told what it chose.
+            tokens: On each rank, that ``"auto"`` reckons with; the layer takes any number.
             chunks: Parts that the tokens are sent in, so that the experts work on one while the next travels.
             impl: Of the experts, see :func:`adamac.ops.grouped_mlp.grouped_mlp`.
             device: Of the parameters.
             dtype: Of the parameters.
 
         Raises:
-            ValueError: If the experts cannot be spread evenly, or the dispatcher does not fit.
+            ValueError: If the experts cannot be spread evenly, the dispatcher does not fit, or the machine has no constants of
+                what is between ranks.
         """
         super().__init__()
         if not isinstance(chunks, int) or chunks < 1:
             raise ValueError(f"chunks must be a whole number, at least 1; got {chunks}")
         device = None if device is None else torch.device(device)
         self.config, self.group, self.chunks = config, group, chunks
-        self.dispatcher = choose(dispatcher, config, group)
+        choice = choose(dispatcher, config, group, machine=machine, tokens=tokens)
+        self.dispatcher, self.dispatcher_reason = choice.dispatcher, choice.reason
         own = local_experts(config.num_experts, self.dispatcher.ranks)
         self.router = Router(config, device, dtype)
         self.experts = Experts(config, own, self.dispatcher.rank * own, impl=impl, device=device, dtype=dtype)
@@ -212,7 +223,8 @@ class MoE(nn.Module):
         config = self.config
         return (
             f"{config.hidden} hidden, {config.width} wide rows, {config.num_experts} experts of {config.ffn}, "
-            f"top-{config.top_k}, {type(self.dispatcher).__name__} on {self.dispatcher.ranks} ranks"
+            f"top-{config.top_k}, {type(self.dispatcher).__name__} on {self.dispatcher.ranks} ranks "
+            f"({self.dispatcher_reason})"
         )
 
 

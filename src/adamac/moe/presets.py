@@ -116,6 +116,19 @@ class MoEConfig:
         return 3 if self.gated else 2
 
 
+def local_experts(num_experts: int, ranks: int) -> int:
+    """Experts that each rank holds.
+
+    Raises:
+        ValueError: If they cannot be spread evenly.
+    """
+    if num_experts % ranks:
+        raise ValueError(
+            f"num_experts must be divisible by the ranks it is spread over; got {num_experts} experts on {ranks} ranks"
+        )
+    return num_experts // ranks
+
+
 def vanilla(hidden: int, num_experts: int, top_k: int, ratio: float) -> dict[str, Any]:
     """Few experts h -> 4h -> h with the parameters of ``fine_grained`` (GShard's shape).
 

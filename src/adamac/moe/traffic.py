@@ -17,6 +17,8 @@ from adamac.moe.presets import MoEConfig, PaperModel
 
 Kind = Literal["payload", "metadata"]
 Direction = Literal["forward", "backward"]
+# Dispatchers that send, the simplest first.
+SENDING = ("all_gather", "all_to_all", "per_rank")
 
 
 @dataclass

@@ -25,15 +25,17 @@ from __future__ import annotations
 
 from adamac.moe.dispatch.all_gather import AllGather
 from adamac.moe.dispatch.all_to_all import AllToAll
-from adamac.moe.dispatch.choose import DISPATCHERS, cheapest, choose
+from adamac.moe.dispatch.choose import DISPATCHERS, TOKENS, Choice, cheapest, choose
 from adamac.moe.dispatch.common import Dispatcher, Meter, NotFiniteError, Sent
 from adamac.moe.dispatch.local import Local
 from adamac.moe.dispatch.per_rank import PerRank
 
 __all__ = [
     "DISPATCHERS",
+    "TOKENS",
     "AllGather",
     "AllToAll",
+    "Choice",
     "Dispatcher",
     "Local",
     "Meter",

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from adamac.moe.dispatch.all_to_all import finite_column
-from adamac.moe.dispatch.common import Meter, OverRanks, Sent, divided, local_experts, refuse_not_finite
+from adamac.moe.dispatch.common import Meter, OverRanks, Sent, divided, refuse_not_finite
 from adamac.moe.dispatch.exchange import Gather, Scatter, Started, exchanged, finish, start
+from adamac.moe.presets import local_experts
 from adamac.moe.routing import Routing
 from adamac.moe.rows import Order, by_label, gathered, spread
 

@@ -8,8 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from adamac.moe.dispatch.common import Meter, OverRanks, Sent, divided, local_experts, refuse_not_finite
+from adamac.moe.dispatch.common import Meter, OverRanks, Sent, divided, refuse_not_finite
 from adamac.moe.dispatch.exchange import Splits, Started, exchanged, finish, start
+from adamac.moe.presets import local_experts
 from adamac.moe.routing import Routing
 from adamac.moe.rows import Order, by_expert, by_run, gathered, spread
 

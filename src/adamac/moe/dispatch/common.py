@@ -83,19 +83,6 @@ def divided(rows: Tensor, routing: Routing, chunks: int) -> list[tuple[Tensor, R
     return [(rows[a:b], routing.part(a, b)) for a, b in pairwise(places)]
 
 
-def local_experts(num_experts: int, ranks: int) -> int:
-    """Experts that each rank holds.
-
-    Raises:
-        ValueError: If they cannot be spread evenly.
-    """
-    if num_experts % ranks:
-        raise ValueError(
-            f"num_experts must be divisible by the ranks it is spread over; got {num_experts} experts on {ranks} ranks"
-        )
-    return num_experts // ranks
-
-
 class NotFiniteError(ValueError):
     """A router's logits are NaN or infinite: numbers went astray, the input does fit."""
 

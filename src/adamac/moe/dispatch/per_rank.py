@@ -14,8 +14,9 @@ from torch import Tensor
 
 from adamac.moe.choices import Choices, by_rank, tabled
 from adamac.moe.dispatch.all_to_all import announced
-from adamac.moe.dispatch.common import Meter, OverRanks, Sent, divided, local_experts, refuse_not_finite
+from adamac.moe.dispatch.common import Meter, OverRanks, Sent, divided, refuse_not_finite
 from adamac.moe.dispatch.exchange import Splits, Started, finish, start
+from adamac.moe.presets import local_experts
 from adamac.moe.routing import Routing
 from adamac.moe.rows import Order, by_label, gathered, spread
 

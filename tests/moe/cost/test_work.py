@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from adamac.advise.work import Layer
 from adamac.moe import PRESETS, preset
+from adamac.moe.cost.work import Layer
 from adamac.moe.timing import STAGES
 from adamac.moe.traffic import bytes_sent, flops_per_token, metadata_bytes
 

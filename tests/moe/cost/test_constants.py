@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from adamac.advise import Cost, Work
-from adamac.advise.cost import Sample, fit
+from adamac.moe.cost.constants import Sample, fit
 
 TRUE = Cost(0.02, 400e12, 2e12)
 WORKS = [

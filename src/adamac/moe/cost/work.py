@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from adamac.advise.cost import Kind, Work
-from adamac.advise.machine import RowsImpl
+from adamac.moe.cost.constants import Kind, Work
+from adamac.moe.cost.machine import RowsImpl
 from adamac.moe.presets import MoEConfig
 from adamac.moe.timing import STAGES, Stage
 from adamac.moe.traffic import bytes_sent, copies_sent, metadata_bytes

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from adamac.advise.cost import KINDS, Cost, Kind, Source
+from adamac.moe.cost.constants import KINDS, Cost, Kind, Source
 
 RowsImpl = Literal["torch", "triton"]
 COLLECTIVES: tuple[Kind, ...] = ("all_to_all", "all_gather", "reduce_scatter")
