@@ -190,6 +190,8 @@ def test_nothing_is_sent_on_one_rank():
             {"dispatcher": "local", "machine": machine_of()},
             'a machine is what "auto" goes by; leave it out, or dispatcher "local"',
         ),
+        ({"machine": "node.json"}, "machine must be a Machine, as Machine.load reads .*; got 'node.json'"),
+        ({"tokens": 0}, "tokens must be a whole number, at least 1; got 0"),
         ({"dispatcher": "pigeon"}, "dispatcher must be one of auto, local, .*; got 'pigeon'"),
         ({"dispatcher": "per_rank"}, 'dispatcher "per_rank" needs a group of ranks'),
         ({"chunks": 0}, "chunks must be a whole number, at least 1; got 0"),

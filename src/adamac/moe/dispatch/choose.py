@@ -66,7 +66,8 @@ def choose(
         tokens: On each rank, that ``"auto"`` reckons with.
 
     Raises:
-        ValueError: If the name is unknown or does not fit the group, or the machine lacks a constant.
+        ValueError: If the name is unknown or does not fit the group, the machine is none or lacks a constant, or there are no
+            tokens.
     """
     if name not in get_args(DispatcherName):
         raise ValueError(f"dispatcher must be one of {', '.join(get_args(DispatcherName))}; got {name!r}")
@@ -75,6 +76,10 @@ def choose(
         raise ValueError(f'dispatcher "local" sends nothing, but the group has {ranks} ranks; use "auto"')
     if group is None and name in DISPATCHERS:
         raise ValueError(f'dispatcher "{name}" needs a group of ranks; pass group, or use "auto"')
+    if machine is not None and not isinstance(machine, Machine):
+        raise ValueError(f"machine must be a Machine, as Machine.load reads it from a file; got {machine!r}")
+    if not isinstance(tokens, int) or tokens < 1:
+        raise ValueError(f"tokens must be a whole number, at least 1; got {tokens!r}")
     if name != "auto" and machine is not None:
         raise ValueError(f'a machine is what "auto" goes by; leave it out, or dispatcher "{name}"')
     if name in DISPATCHERS and group is not None:
