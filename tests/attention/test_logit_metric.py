@@ -13,6 +13,9 @@ from adamac.attention import logit_metric
 from adamac.attention.logit_metric import form_of_keys, form_of_queries
 from adamac.testing import attention_like
 
+# On a GPU forms are products of bfloat16.
+TOLERANCE = 2e-2 if torch.cuda.is_available() else 1e-4
+
 
 def length(form, apart):
     return (apart.double() @ form.double() * apart.double()).sum(-1)
@@ -30,7 +33,7 @@ def test_two_keys_are_as_far_apart_as_their_logits_over_the_queries(tensors):
     logits = (query.double() @ apart.double().transpose(-1, -2)).square().mean(-2)
     found = length(form_of_keys(query), apart)
     ratio = found / logits
-    torch.testing.assert_close(ratio, ratio[..., :1].expand_as(ratio), rtol=1e-4, atol=0)
+    torch.testing.assert_close(ratio, ratio[..., :1].expand_as(ratio), rtol=TOLERANCE, atol=0)
 
 
 def test_two_queries_are_as_far_apart_as_they_weigh_keys_differently(tensors):
@@ -40,15 +43,16 @@ def test_two_queries_are_as_far_apart_as_they_weigh_keys_differently(tensors):
     ratio = length(form_of_queries(key), apart) / logits.var(
         -1
     )  # what is common to all keys moves no softmax
-    torch.testing.assert_close(ratio, ratio[..., :1].expand_as(ratio), rtol=1e-4, atol=0)
+    torch.testing.assert_close(ratio, ratio[..., :1].expand_as(ratio), rtol=TOLERANCE, atol=0)
 
 
-def test_a_product_with_a_form_is_no_larger_than_what_it_is_a_product_of(tensors):
+def test_a_product_with_a_form_is_no_longer_than_what_it_is_a_product_of(tensors):
     query, key = tensors
     query[..., 3] *= 50  # a channel that dwarfs the others
     for form, tokens in ((form_of_keys(query * 1e-3), key), (form_of_queries(key * 1e3), query)):
-        assert ((tokens @ form).abs().amax(-1) <= tokens.abs().amax(-1) * 1.0001).all()
-        torch.testing.assert_close(form.abs().sum(-1).amax(-1), torch.ones_like(form[..., 0, 0]))
+        assert ((tokens @ form).norm(dim=-1) <= tokens.norm(dim=-1) * 1.0001).all()
+        trace = form.diagonal(dim1=-2, dim2=-1).sum(-1)
+        torch.testing.assert_close(trace, torch.ones_like(trace), rtol=TOLERANCE, atol=0)
 
 
 @pytest.mark.parametrize("find", [form_of_keys, form_of_queries])
@@ -58,13 +62,12 @@ def test_padding_has_no_part_in_a_form(find, tensors):
     valid[0, :, 250:] = False
     short = find(tokens[:1, :, :250])
     tokens[0, :, 250:] = 1e4
-    torch.testing.assert_close(find(tokens, valid)[:1], short)
+    torch.testing.assert_close(find(tokens, valid)[:1], short, rtol=TOLERANCE, atol=TOLERANCE / 16)
 
 
 @pytest.mark.parametrize("find", [form_of_keys, form_of_queries])
-def test_tokens_that_are_all_nothing_give_the_identity(find, device):
-    form = find(torch.zeros(1, 2, 5, 4, device=device))
-    assert torch.equal(form, torch.eye(4, device=device).expand(1, 2, 4, 4))
+def test_tokens_that_are_all_nothing_see_no_differences(find, device):
+    assert (find(torch.zeros(1, 2, 5, 4, device=device)) == 0).all()
 
 
 @given(st.integers(2, 40), st.integers(2, 40), st.integers(1, 6))
@@ -73,8 +76,7 @@ def test_a_sample_of_a_long_video_meets_every_column(width, height, frames):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(logit_metric, "_SAMPLES", max(1, count // 5))
         tokens = torch.arange(count).view(1, 1, count, 1).float()
-        sample, weights = logit_metric._sampled(tokens, None)
-    assert weights.item() * sample.shape[2] == pytest.approx(1)
+        sample, _ = logit_metric._sampled(tokens, None)
     if sample.shape[2] >= 2 * width * height:  # long enough to come round
         assert len((sample.flatten().long() % width).unique()) == width
     assert sample.shape[2] >= min(count, math.ceil(count / (count // max(1, count // 5) + 12)))

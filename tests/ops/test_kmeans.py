@@ -207,7 +207,8 @@ def test_under_a_form_points_are_clustered_as_if_they_were_transformed(metric, i
 
 def test_distances_under_a_form_are_those_of_transformed_points(points):
     form, centroids = a_form(points), points[:, :, ::15]
-    labels = nearest(points, centroids, form=form).masked_fill(torch.arange(300) % 7 == 0, -1)
+    padding = torch.arange(300, device=points.device) % 7 == 0
+    labels = nearest(points, centroids, form=form).long().masked_fill(padding, -1)
     moved = (x.double() @ torch.linalg.cholesky(form.double()) for x in (points, centroids))
     expected = torch.cdist(*moved).gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1)
     found = distances(points, labels, centroids, form)
@@ -223,12 +224,17 @@ def test_k_means_never_raises_inertia_under_a_form(points):
     assert (spreads[-1] < spreads[0]).all()
 
 
-def test_rounding_a_direction_moves_no_similarity_at_its_centroid(points, device):
-    form, centroids = a_form(points), 50 + points[:, :, ::15]
-    directions, offset = kmeans_module._directions(centroids, "euclidean", form, torch.bfloat16)
-    own = (directions.double() * centroids.double()).sum(-1) + offset.double()
-    expected = (centroids.double() @ form.double() * centroids.double()).sum(-1) / 2
-    torch.testing.assert_close(own, expected, rtol=1e-5, atol=0)
+@pytest.mark.parametrize("dim", [8, 40, 128])
+@pytest.mark.parametrize("with_form", [False, True])
+def test_rounding_a_direction_moves_no_similarity_at_its_centroid(with_form, dim, device):
+    centroids = 50 + torch.randn(1, 2, 21, dim, device=device)
+    form = a_form(centroids) if with_form else None
+    rounded, offsets = kernels.directions(centroids, torch.bfloat16, False, form, 32)
+    own = (rounded[:, :, :21].double() * centroids.double()).sum(-1) + offsets[:, :, :21].double()
+    seen = centroids.double() if form is None else centroids.double() @ form.double()
+    torch.testing.assert_close(own, (seen * centroids.double()).sum(-1) / 2, rtol=1e-5, atol=0)
+    assert (offsets[:, :, 21:] < -1e38).all()
+    assert (rounded[:, :, 21:] == 0).all()
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])

@@ -22,11 +22,14 @@ from adamac.ops.segment import triton as segment
 # What Triton finds in the arguments of a call in bfloat16 with heads of 128: rows that begin at multiples of 16 elements.
 kernel, chosen, warps = {
     "nearest": (kmeans._nearest, dict(ROWS=128, BLOCK=64, FULL=True, UPCAST=False, PRECISION="tf32"), 4),
+    "directions": (kmeans._directions, dict(ROWS=16, CHUNK=32, FORM=True, COSINE=False), 4),
     "moments": (segment._moments, dict(ROWS=32, MODE=1, NORMALISE=False), 4),
 }[sys.argv[1]]
 chosen["WIDTH"] = 128
-types = {"points": "*bf16", "centroids": "*bf16", "values": "*bf16"}
-types |= dict.fromkeys(("offset", "former", "first", "second"), "*fp32")
+types = {"points": "*bf16", "centroids": "*bf16", "values": "*bf16", "rounded": "*bf16"}
+types |= dict.fromkeys(("offset", "offsets", "form", "former", "first", "second"), "*fp32")
+if sys.argv[1] == "directions":
+    types["centroids"] = "*fp32"
 types |= dict.fromkeys(("labels", "order", "starts"), "*i32")
 signature = {n: "constexpr" if n in chosen else types.get(n, "i32") for n in kernel.arg_names}
 fixed = {p.name for p in kernel.params if p.do_not_specialize}
@@ -43,7 +46,7 @@ with open(sys.argv[2], "wb") as file:
 DISASSEMBLER = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
 
 
-@pytest.mark.parametrize("kernel", ["nearest", "moments"])
+@pytest.mark.parametrize("kernel", ["nearest", "directions", "moments"])
 def test_tokens_are_read_in_pieces_of_16_bytes(kernel, tmp_path):
     code = tmp_path / "kernel.cubin"
     environment = os.environ | {"TRITON_INTERPRET": "0"}

@@ -31,21 +31,25 @@ def form_of_keys(query: Tensor, valid: Tensor | None = None) -> Tensor:
         valid: ``[batch, 1, tokens]`` bool, ``False`` for padding; ``None`` means no padding.
 
     Returns:
-        ``[batch, heads, head_dim, head_dim]`` in the precision of plans; the largest row sum of its magnitudes is 1.
+        ``[batch, heads, head_dim, head_dim]`` in the precision of plans, with a trace of 1, so that a product with it is no
+        longer than what it is a product of; zeros if the queries are.
     """
-    sample, weights = _sampled(query, valid)
-    return _scaled((sample * weights).transpose(-1, -2) @ sample)
+    sample, weight = _sampled(query, valid)
+    return _products(sample if weight is None else sample * weight)
 
 
 def form_of_queries(key: Tensor, valid: Tensor | None = None) -> Tensor:
     """Give the form under which queries are clustered: the covariance of the keys; see :func:`form_of_keys`."""
-    sample, weights = _sampled(key, valid)
-    centred = sample - (sample * weights).sum(-2, keepdim=True)
-    return _scaled((centred * weights).transpose(-1, -2) @ centred)
+    sample, weight = _sampled(key, valid)
+    precise = accurate(sample)
+    if weight is None:
+        return _products((precise - precise.mean(-2, keepdim=True)).to(sample.dtype))
+    mean = (precise * weight).sum(-2, keepdim=True) / weight.sum(-2, keepdim=True).clamp_min(1)
+    return _products(((precise - mean) * weight).to(sample.dtype))
 
 
-def _sampled(tokens: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Some tokens, ``[batch, heads, samples, head_dim]``, and their weights, which add up to 1.
+def _sampled(tokens: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Some tokens, ``[batch, heads, samples, head_dim]``, and 1 or 0 for each, or ``None`` if none is padding.
 
     Every so many in raster order, a number without a common factor with the video's, lest it meet few of its columns.
     """
@@ -53,18 +57,14 @@ def _sampled(tokens: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
     step = max(1, count // _SAMPLES)
     while math.gcd(step, count) > 1:
         step += 1
-    sample = accurate(tokens[..., ::step, :])
-    if valid is None:
-        return sample, sample.new_full((1, 1, 1, 1), 1 / sample.shape[-2])
-    weights = valid[..., ::step, None].to(sample.dtype)
-    return sample, weights / weights.sum(-2, keepdim=True).clamp_min(1)
+    # On a GPU products of bfloat16 are quick and good enough for a form; float16 could not hold their sums.
+    sample = tokens[..., ::step, :]
+    sample = sample.bfloat16() if sample.device.type == "cuda" else accurate(sample)
+    return sample, None if valid is None else valid[..., ::step, None].to(sample.dtype)
 
 
-def _scaled(form: Tensor) -> Tensor:
-    """Scale each matrix so that no product with it is larger than what it is a product of, in float16 either.
-
-    What has no extent in any direction becomes the identity.
-    """
-    size = form.abs().sum(-1).amax(-1)[..., None, None]
-    identity = torch.eye(form.shape[-1], dtype=form.dtype, device=form.device)
-    return torch.where(size > 0, form / size.clamp_min(torch.finfo(form.dtype).tiny), identity)
+def _products(sample: Tensor) -> Tensor:
+    """Sum of the products of every sample with itself, scaled to a trace of 1."""
+    form = accurate(sample.transpose(-1, -2) @ sample)
+    trace = form.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+    return form / trace.clamp_min(torch.finfo(form.dtype).tiny)

@@ -77,14 +77,11 @@ def nearest(
     """
     expected = (*points.shape[:2], centroids.shape[-2], points.shape[-1])
     check_shape("centroids", centroids, expected, like=points)
-    on_kernel = chosen(impl, points) == "triton"
-    directions, offset = _directions(
-        accurate(centroids), metric, form, rounded=points.dtype if on_kernel else None
-    )
-    if on_kernel:
+    if chosen(impl, points) == "triton":
         from adamac.ops.kmeans import triton as kernels
 
-        return kernels.nearest(points, directions, offset)
+        return kernels.nearest(points, accurate(centroids), metric == "cosine", form)
+    directions, offset = _directions(accurate(centroids), metric, form)
     points = accurate(points)
     batch, heads, tokens, _ = points.shape
     at_once = _SLICE_ELEMENTS["cpu" if points.device.type == "cpu" else "other"]
@@ -99,29 +96,16 @@ def nearest(
     return labels
 
 
-def _directions(
-    centroids: Tensor, metric: Metric, form: Tensor | None, rounded: torch.dtype | None
-) -> tuple[Tensor, Tensor | None]:
-    """Turn "nearest" into "largest product with a direction, plus an offset".
-
-    Args:
-        centroids: In the precision of plans.
-        metric: Of :func:`nearest`.
-        form: Of :func:`nearest`.
-        rounded: What directions will be rounded to; the offset is such that this moves no similarity at the centroid itself.
-
-    Returns:
-        Directions like ``centroids`` and offsets ``[batch, heads, clusters]``, ``None`` for none.
-    """
+def _directions(centroids: Tensor, metric: Metric, form: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Turn "nearest" into "largest product with a direction, plus an offset"."""
     directions = centroids if form is None else centroids @ form.to(centroids.dtype)
     size = (directions * centroids).sum(-1)
-    if metric == "cosine":  # the point's own length changes no order
-        least = torch.finfo(size.dtype).tiny
-        return directions * size.clamp_min(least).rsqrt().unsqueeze(-1), None
-    if rounded is None:
+    if metric == "euclidean":
         return directions, size.mul_(-0.5)
-    directions = directions.to(rounded)
-    return directions, 0.5 * size - (directions.to(size.dtype) * centroids).sum(-1)
+    least = torch.finfo(size.dtype).tiny
+    return directions * size.clamp_min(least).rsqrt().unsqueeze(
+        -1
+    ), None  # the point's own length changes no order
 
 
 def kmeans(

@@ -18,34 +18,30 @@ from torch import Tensor
 from adamac.ops.launch import interpreted, power_of_two
 
 # Offset of what fills up the last block.
-_FARTHEST = -3e38
+FARTHEST = tl.constexpr(-3e38)
 
 
-def nearest(points: Tensor, directions: Tensor, offset: Tensor | None) -> Tensor:
-    """Find for every point the cluster whose direction has the largest product with it, offset added, to 17 bits.
+def nearest(points: Tensor, centroids: Tensor, cosine: bool, form: Tensor | None) -> Tensor:
+    """Find the nearest centroid of every point, to 17 bits of its similarity.
 
-    Of equal ones it is always the same: of the first block that has one, the first if the similarity is positive, that is,
-    if the centroid is nearer to the point than the origin is or their cosine is positive; else the last.
+    Of equally near ones it is always the same: of the first block that has one, the first if the similarity is positive,
+    that is, if they are nearer to the point than the origin is or their cosine is positive; else the last.
 
     Args:
         points: ``[batch, heads, tokens, dim]``.
-        directions: ``[batch, heads, clusters, dim]``; rounded to the points' dtype.
-        offset: ``[batch, heads, clusters]``, or ``None`` for zero.
+        centroids: ``[batch, heads, clusters, dim]`` float32.
+        cosine: By the largest cosine, or else by the smallest distance.
+        form: ``[batch, heads, dim, dim]`` float32 that both are measured by, or ``None``.
 
     Returns:
         ``[batch, heads, tokens]`` int32.
     """
     batch, heads, tokens, dim = points.shape
     points = points if points.stride(-1) == 1 else points.contiguous()
-    clusters = directions.shape[2]
     width = max(16, power_of_two(dim))
     rows, block, stages = _launch(width * points.element_size())
-    # Whole blocks of centroids, filled up by some that are farther than any, so that the kernel masks nothing.
-    whole = triton.cdiv(clusters, block) * block
-    rounded = points.new_zeros(batch, heads, whole, dim)
-    rounded[:, :, :clusters] = directions
-    offsets = torch.full((batch, heads, whole), _FARTHEST, device=points.device)
-    offsets[:, :, :clusters] = 0.0 if offset is None else offset
+    rounded, offsets = directions(centroids, points.dtype, cosine, form, block)
+    whole = rounded.shape[2]
     labels = torch.empty(batch, heads, tokens, dtype=torch.int32, device=points.device)
     with torch.cuda.device_of(points):  # Triton launches on the current device
         _nearest[(triton.cdiv(tokens, rows), batch * heads)](
@@ -68,6 +64,46 @@ def nearest(points: Tensor, directions: Tensor, offset: Tensor | None) -> Tensor
             num_stages=stages,
         )
     return labels
+
+
+def directions(
+    centroids: Tensor, dtype: torch.dtype, cosine: bool, form: Tensor | None, block: int
+) -> tuple[Tensor, Tensor]:
+    """Turn "nearest" into "largest product with a direction, plus an offset".
+
+    Args:
+        centroids: Of :func:`nearest`.
+        dtype: Of the points; directions are rounded to it. Their offsets make up for that at the centroid itself.
+        cosine: Of :func:`nearest`.
+        form: Of :func:`nearest`.
+        block: Directions come in whole blocks of so many, filled up by some that are farther than any, so that the kernel
+            of the nearest masks nothing.
+
+    Returns:
+        Directions ``[batch, heads, blocks * block, dim]`` and offsets ``[batch, heads, blocks * block]`` float32.
+    """
+    batch, heads, clusters, dim = centroids.shape
+    whole = triton.cdiv(clusters, block) * block
+    rounded = torch.empty(batch, heads, whole, dim, dtype=dtype, device=centroids.device)
+    offsets = torch.empty(batch, heads, whole, device=centroids.device)
+    centroids = centroids.contiguous()
+    with torch.cuda.device_of(centroids):
+        _directions[(whole // 16, batch * heads)](
+            centroids,
+            centroids if form is None else form.float().contiguous(),
+            rounded,
+            offsets,
+            clusters,
+            whole,
+            dim,
+            ROWS=16,
+            CHUNK=32,
+            WIDTH=max(16, power_of_two(dim)),
+            FORM=form is not None,
+            COSINE=cosine,
+            num_warps=4,
+        )
+    return rounded, offsets
 
 
 def _launch(row_bytes: int) -> tuple[int, int, int]:
@@ -129,3 +165,44 @@ def _nearest(
         at += BLOCK * dim
         shift_at += BLOCK
     tl.store(labels + head * tokens + row, label, mask=row < tokens)
+
+
+@triton.jit(do_not_specialize=["clusters", "whole"])
+def _directions(
+    centroids,  # [heads, clusters, dim]
+    form,  # [heads, dim, dim], or anything
+    rounded,  # [heads, whole, dim]
+    offsets,  # [heads, whole]
+    clusters,
+    whole,
+    dim,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    FORM: tl.constexpr,
+    COSINE: tl.constexpr,
+):
+    head = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, WIDTH)
+    real, inside = row < clusters, column < dim
+    line = centroids + (head * clusters + row)[:, None] * dim
+    c = tl.load(line + column[None, :], mask=real[:, None] & inside[None, :], other=0.0)
+    direction = c
+    if FORM:
+        direction = tl.zeros([ROWS, WIDTH], tl.float32)
+        for start in range(0, WIDTH, CHUNK):
+            inner = start + tl.arange(0, CHUNK)
+            part = tl.load(line + inner[None, :], mask=real[:, None] & (inner < dim)[None, :], other=0.0)
+            at = form + (head * dim + inner)[:, None] * dim + column[None, :]
+            weighed = tl.load(at, mask=(inner < dim)[:, None] & inside[None, :], other=0.0)
+            direction += tl.dot(part, weighed, input_precision="ieee")
+    offset = tl.zeros([ROWS], tl.float32)
+    if COSINE:  # the point's own length changes no order
+        direction *= 1 / tl.sqrt(tl.maximum(tl.sum(direction * c, 1), 1e-37))[:, None]
+    kept = direction.to(rounded.dtype.element_ty)
+    if not COSINE:  # argmin (p-c) F (p-c) = argmax p (F c) - c F c / 2
+        offset += tl.sum(c * (0.5 * direction - kept.to(tl.float32)), 1)
+    at = head * whole + row
+    tl.store(rounded + at[:, None] * dim + column[None, :], kept, mask=inside[None, :])
+    tl.store(offsets + at, tl.where(real, offset, FARTHEST))
