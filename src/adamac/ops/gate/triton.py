@@ -196,7 +196,10 @@ def _gradient(
         if not SOFTMAX:
             given = _through_normalising(given, score)
         wanted += given
-    found = score * (wanted - tl.sum(wanted * score, 1)[:, None]) if SOFTMAX else score * (1 - score) * wanted
+    if SOFTMAX:
+        found = score * (wanted - tl.sum(wanted * score, 1)[:, None])
+    else:  # not 1 - score, of which nothing but rounding is left where the score is nearly 1
+        found = score * _scores(-x, inside, SOFTMAX) * wanted
     tl.store(out + place, found, mask=there[:, None] & inside)
 
 
