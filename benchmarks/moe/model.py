@@ -16,13 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional
 
 from adamac.moe import PAPER_MODELS, preset
 from adamac.moe.dispatch import choose
 from adamac.moe.lm.cache import Cache
 from adamac.moe.lm.model import GPT, GPTConfig
-from adamac.moe.lm.world import World
+from adamac.moe.parallel import average_gradients, expert_mesh
 from adamac.moe.presets import PaperModel
 
 from .arms import dispatchers, name_of
@@ -101,11 +102,11 @@ def _train(case: ModelCase, crew: Crew, common: Row, arms: list[_Arm]) -> None:
     generator = torch.Generator(crew.device).manual_seed(crew.rank)
     shape = (_PIECES, _TEXTS, paper.context + 1)
     ids = torch.randint(paper.vocabulary, shape, generator=generator, device=crew.device)
-    world = World(crew.rank, crew.ranks, crew.device, crew.group)
+    mesh = expert_mesh(crew.ranks, crew.device.type) if crew.ranks > 1 else None
     fused = crew.device.type == "cuda"
     optimisers = {arm.preset: torch.optim.AdamW(arm.model.parameters(), lr=1e-5, fused=fused) for arm in arms}
     steps: dict[str, Callable[[], float]] = {
-        arm.name: lambda arm=arm: _step(arm.take(), optimisers[arm.preset], ids, world) for arm in arms
+        arm.name: lambda arm=arm: _step(arm.take(), optimisers[arm.preset], ids, mesh) for arm in arms
     }
     common |= {"work": "train", "context": paper.context, "tokens": tokens, "layers": paper.layers}
     steps, rows = _warm(steps, crew)
@@ -113,7 +114,7 @@ def _train(case: ModelCase, crew: Crew, common: Row, arms: list[_Arm]) -> None:
     _hand_out(crew, common, arms, rows, times, tokens * crew.ranks)
 
 
-def _step(model: GPT, optimiser: torch.optim.Optimizer, ids: Tensor, world: World) -> float:
+def _step(model: GPT, optimiser: torch.optim.Optimizer, ids: Tensor, mesh: DeviceMesh | None) -> float:
     """One optimiser step; returns its loss, which waits for the device."""
     optimiser.zero_grad(set_to_none=True)
     losses = []
@@ -121,15 +122,10 @@ def _step(model: GPT, optimiser: torch.optim.Optimizer, ids: Tensor, world: Worl
         logits = model(piece[:, :-1])
         loss = functional.cross_entropy(logits.float().flatten(0, 1), piece[:, 1:].flatten())
         auxiliary = torch.stack([moe.auxiliary_loss() for moe in model.moes]).sum()
-        ((loss + auxiliary) / (len(ids) * world.size)).backward()
+        ((loss + auxiliary) / len(ids)).backward()
         losses.append(loss.detach())
-    experts = {parameter for moe in model.moes for parameter in moe.experts.parameters()}
-    gradients: dict[bool, list[Tensor]] = {True: [], False: []}
-    for parameter in model.parameters():
-        if parameter.grad is None:  # an expert without tokens
-            parameter.grad = torch.zeros_like(parameter)
-        gradients[parameter in experts].append(parameter.grad)
-    world.add_gradients(gradients[False], gradients[True])
+    if mesh is not None:
+        average_gradients(model, mesh)
     optimiser.step()
     return torch.stack(losses).mean().item()
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -64,6 +64,8 @@ class MoeTrain:
         log_every: Steps between rows.
         seed: Of weights and order.
         expert_ranks: Among how many ranks the experts are divided.
+        layout: "replicated": what is no expert's is on every rank, whole. "sharded": every rank has a share of everything, and
+            of gradients and moments; slower, for models that would not fit. A run may go on with the other.
         device: "auto", "cpu", "cuda" or "cuda:1".
         threads: Of a processor. Small models gain little from more than one, and lose much where cores are shared; the
             result is the same to the bit for the same number.
@@ -95,6 +97,7 @@ class MoeTrain:
     log_every: int = 1
     seed: int = 0
     expert_ranks: int = 1
+    layout: Literal["replicated", "sharded"] = "replicated"
     device: str = "auto"
     threads: int = 1
 
@@ -179,7 +182,14 @@ def moe_train(options: MoeTrain, console: Console) -> int:
     console = console if world.first else Console(quiet=True)
     try:
         with _Watching(console) as watching:
-            result = train(recipe, options.out, resume=options.resume, world=world, watcher=watching)
+            result = train(
+                recipe,
+                options.out,
+                resume=options.resume,
+                world=world,
+                watcher=watching,
+                layout=options.layout,
+            )
     except (Diverged, Left) as error:
         who = "adamac" if world.first else f"adamac: rank {world.rank}"
         Console(stderr=True).print(f"{who}: {error}", markup=False, highlight=False, soft_wrap=True)

@@ -119,9 +119,13 @@ def casts_kept(model: nn.Module) -> Generator[None]:
     """Cast the matrices of all experts once for all passes within, not once a pass; they must not change within.
 
     For gradient accumulation under autocast: casts are copies of all experts, and gradients pass through a kept one like
-    through a fresh one.
+    through a fresh one. Experts that FSDP2 gathers for each pass, and whose gradients it takes after each, keep none.
     """
-    experts = [module for module in model.modules() if isinstance(module, Experts)]
+    experts = [
+        module
+        for module in model.modules()
+        if isinstance(module, Experts) and not hasattr(module.up, "to_local")
+    ]
     for each in experts:
         each._kept = {}
     try:

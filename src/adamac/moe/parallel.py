@@ -24,6 +24,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from adamac.moe.layer import MoE
 
+BUCKET_BYTES = 64 * 2**20
+
 
 def expert_mesh(expert_ranks: int, device_type: str = "cpu") -> DeviceMesh:
     """Arrange all ranks as a grid ``("data", "expert")``; the ranks of a row are neighbours.
@@ -49,20 +51,30 @@ def expert_group(mesh: DeviceMesh) -> dist.ProcessGroup:
 
 
 def shard(
-    model: nn.Module, mesh: DeviceMesh, *, blocks: tuple[type[nn.Module], ...] = (), **options: Any
+    model: nn.Module,
+    mesh: DeviceMesh,
+    *,
+    blocks: tuple[type[nn.Module], ...] = (),
+    expert_dtype: torch.dtype | None = None,
+    **options: Any,
 ) -> nn.Module:
     """Shard a model with FSDP2, in place: experts over the ``data`` axis, everything else over all ranks.
+
+    Every loss is a rank's own mean; gradients come out as the mean over all ranks.
 
     Args:
         model: With layers that were built with ``group=expert_group(mesh)``.
         mesh: Of :func:`expert_mesh`.
         blocks: Kinds of module that are gathered as a whole for their forward pass; the model's blocks.
+        expert_dtype: That experts are gathered in, for a model whose rows have this dtype when they reach them, as under
+            autocast: half the bytes travel, and the numbers are those of a cast after the gathering. Gradients are added up
+            in the dtype of the parameters. ``None`` is theirs.
         **options: Passed to every ``fully_shard``: ``mp_policy``, ``reshard_after_forward``, ``offload_policy``.
 
     Returns:
         The model.
     """
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     everyone = init_device_mesh(mesh.device_type, (mesh.size(),), mesh_dim_names=("all",))
     # A column of one rank has nothing to shard, and FSDP2 would not divide there: its experts stay as they are.
@@ -71,7 +83,10 @@ def shard(
         if mesh["data"].size() == 1:
             whole |= set(layer.experts.parameters())
             continue
-        fully_shard(layer.experts, mesh=mesh["data"], **options)
+        of_experts = dict(options)
+        if expert_dtype is not None:
+            of_experts["mp_policy"] = MixedPrecisionPolicy(expert_dtype, reduce_dtype=layer.experts.up.dtype)
+        fully_shard(layer.experts, mesh=mesh["data"], **of_experts)
         layer.experts.set_gradient_divide_factor(mesh.size())  # ty: ignore[not-callable]
         if mesh.device_type != "cuda":  # gloo cannot scale while it sums
             layer.experts.set_force_sum_reduction_for_comms(True)  # ty: ignore[not-callable]
@@ -88,41 +103,56 @@ def shard(
 def average_gradients(model: nn.Module, mesh: DeviceMesh) -> None:
     """Average the gradients of a model that is not sharded, after the backward; every loss is a rank's own mean.
 
+    They travel in flat buckets rather than from hooks of the backward: that works alike for parameters that got no gradient,
+    and gives the same bits whatever the order in which gradients became ready.
+
     Args:
         model: With layers that were built with ``group=expert_group(mesh)``.
         mesh: Of :func:`expert_mesh`.
     """
-    column = mesh.get_group("data")
+    gradients: dict[bool, list[Tensor]] = {False: [], True: []}
     for parameter, is_expert in parameters_by_kind(model):
-        if parameter.grad is None:
+        if parameter.grad is None:  # an expert that got no token: the other ranks still wait for it
             parameter.grad = torch.zeros_like(parameter)
-        dist.all_reduce(parameter.grad, group=column if is_expert else None)
-        parameter.grad /= mesh.size()
+        gradients[is_expert].append(parameter.grad)
+    rows = mesh["data"].size()
+    columns = {False: None, True: None if rows == mesh.size() else mesh.get_group("data")}
+    for is_expert, some in gradients.items():
+        for bucket in _buckets(some):
+            _average(bucket, mesh.size(), columns[is_expert], alone=is_expert and rows == 1)
 
 
 @torch.no_grad()
-def clip_gradients(model: nn.Module, mesh: DeviceMesh, max_norm: float) -> Tensor:
+def clip_gradients(model: nn.Module, mesh: DeviceMesh | None, max_norm: float) -> Tensor:
     """Scale all gradients so that their norm over the whole model, each expert counted once, is at most ``max_norm``.
 
     torch's own function refuses gradients of two meshes, and would count only this rank's experts.
 
+    Args:
+        model: Sharded or not; its gradients are averaged.
+        mesh: Of :func:`expert_mesh`; ``None`` if there is one rank.
+        max_norm: The largest norm that is left.
+
     Returns:
-        The norm before, a scalar.
+        The norm before, a float64 scalar, the same on all ranks.
     """
     total = torch.zeros((), dtype=torch.float64, device=next(model.parameters()).device)
+    # A shard is on one rank; where the whole of a gradient is on several, each of them adds it.
+    by_holders: dict[int, list[Tensor]] = {}
     for parameter, is_expert in parameters_by_kind(model):
-        if parameter.grad is None:
-            continue
-        square = _local(parameter.grad).double().square().sum()
-        if parameter.grad is _local(parameter.grad):  # as many ranks hold it, as many will add it
-            square /= mesh["data"].size() if is_expert else mesh.size()
-        total += square
-    dist.all_reduce(total)
+        if parameter.grad is not None:
+            gradient, holders = local(parameter.grad), 1
+            if mesh is not None and gradient is parameter.grad:
+                holders = mesh["data"].size() if is_expert else mesh.size()
+            by_holders.setdefault(holders, []).append(gradient)
+    for holders, gradients in by_holders.items():
+        total += torch.stack(torch._foreach_norm(gradients)).double().square().sum() / holders
+    if mesh is not None:
+        dist.all_reduce(total)
     norm = total.sqrt()
     scale = (max_norm / (norm + 1e-6)).clamp(max=1)
-    for parameter in model.parameters():
-        if parameter.grad is not None:
-            _local(parameter.grad).mul_(scale)
+    for gradients in by_holders.values():
+        torch._foreach_mul_(gradients, scale.to(gradients[0].dtype))
     return norm
 
 
@@ -137,5 +167,32 @@ def parameters_by_kind(model: nn.Module) -> Iterator[tuple[nn.Parameter, bool]]:
     return ((parameter, id(parameter) in experts) for parameter in model.parameters())
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor, sharded or not, as a plain tensor in the same memory."""
+    # Asked for by what it can do: importing DTensor to ask costs half a second where nothing is sharded.
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # ty: ignore[not-callable]
+
+
+def _buckets(gradients: list[Tensor]) -> Iterator[list[Tensor]]:
+    bucket: list[Tensor] = []
+    size = 0
+    for gradient in gradients:
+        if bucket and (size + gradient.nbytes > BUCKET_BYTES or gradient.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(gradient)
+        size += gradient.nbytes
+    if bucket:
+        yield bucket
+
+
+def _average(bucket: list[Tensor], ranks: int, group: dist.ProcessGroup | None, *, alone: bool) -> None:
+    """Add up over a group, unless this rank is alone in it, and divide by the number of all ranks."""
+    if alone:
+        torch._foreach_div_(bucket, ranks)
+        return
+    flat = torch.cat([gradient.flatten() for gradient in bucket])
+    dist.all_reduce(flat, group=group)
+    flat /= ranks
+    for gradient, mean in zip(bucket, flat.split([gradient.numel() for gradient in bucket]), strict=True):
+        gradient.copy_(mean.view_as(gradient))

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from adamac.moe.lm.model import GPT, GPTConfig
 from adamac.moe.lm.tokenizer import Tokenizer
+from adamac.moe.parallel import local
 from adamac.moe.weights import force
 
 KEPT = 2
@@ -127,16 +128,23 @@ def read_parts(file: Path, part: Callable[[str, int], slice]) -> dict[str, Tenso
 def load_weights(model: torch.nn.Module, weights: Mapping[str, Tensor], source: Path) -> None:
     """Copy weights into a model.
 
+    Args:
+        model: The model, sharded or not.
+        weights: What this rank holds of each.
+        source: What is named in errors.
+
     Raises:
         ValueError: If they are another model's, naming the first difference.
     """
-    own = model.state_dict()
+    own = {name: local(value) for name, value in model.state_dict().items()}
     for name in sorted(own.keys() | weights.keys()):
         expected = tuple(own[name].shape) if name in own else "nothing"
         got = tuple(weights[name].shape) if name in weights else "nothing"
         if expected != got:
             raise ValueError(f"{source} is of another model: {name} expected {expected}, got {got}")
-    model.load_state_dict(dict(weights))
+    with torch.no_grad():
+        for name, value in own.items():
+            value.copy_(weights[name])
 
 
 def load_model(

@@ -1,6 +1,6 @@
 """A model and its optimizer on the ranks of a run: one update, and the state that must outlive the process.
 
-AdamW with weight decay on matrices only, gradients accumulated over pieces of a batch, added over ranks and clipped by
+AdamW with weight decay on matrices only, gradients accumulated over pieces of a batch, averaged over ranks and clipped by
 their norm. An update is refused before it touches a weight if loss or gradient is not finite.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -20,13 +20,15 @@ from adamac.moe.experts import casts_kept
 from adamac.moe.layer import MoE
 from adamac.moe.lm.checkpoint import load_weights
 from adamac.moe.lm.corpus import Order
+from adamac.moe.lm.layout import Layout, Replicated, Sharded
 from adamac.moe.lm.model import GPT, GPTConfig
 from adamac.moe.lm.recipe import Recipe
 from adamac.moe.lm.world import World
+from adamac.moe.parallel import clip_gradients, local
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-EXPERTS = ".moe.experts."
-"""Part of the names of parameters that ranks divide."""
+LayoutName = Literal["replicated", "sharded"]
+"""How parameters lie on the ranks, see :mod:`adamac.moe.lm.layout`."""
 
 
 class Diverged(ArithmeticError):
@@ -64,6 +66,7 @@ class Learner:
         world: World,
         dtype: torch.dtype = torch.float32,
         amp: bool = False,
+        layout: LayoutName = "replicated",
     ) -> None:
         """Build and initialise model and optimizer.
 
@@ -73,25 +76,27 @@ class Learner:
             world: The ranks.
             dtype: Of weights and moments.
             amp: Compute in bfloat16 where that is safe.
+            layout: How parameters lie on the ranks; one rank has them all.
 
         Raises:
-            ValueError: If the batch cannot be shared by the ranks.
+            ValueError: If the batch cannot be shared by the ranks, or there is no such layout.
         """
+        if layout not in get_args(LayoutName):
+            raise ValueError(f"layout must be {' or '.join(get_args(LayoutName))}, got {layout!r}")
         self.recipe, self.world, self.amp = recipe, world, amp
         self.micro_batch, self.pieces = shares(recipe, world.size)
         torch.manual_seed(recipe.seed)
         self.model = GPT(config, group=world.experts).to(world.device, dtype)
-        named = dict(self.model.named_parameters())
-        self.shared = {name: value for name, value in named.items() if EXPERTS not in name}
-        self.experts = {name: value for name, value in named.items() if EXPERTS in name}
-        self.optimizer = _adamw(named.values(), recipe, world.device)
+        sharded = layout == "sharded" and world.size > 1
+        self.layout: Layout = Sharded(self.model, world, amp) if sharded else Replicated(self.model, world)
+        self.held = {name: local(value.detach()) for name, value in self.layout.parameters.items()}
+        self.optimizer = _adamw(self.held.values(), recipe, world.device)
 
     @property
     def parameters(self) -> int:
         """How many numbers the whole model has, all ranks' experts together."""
-        ranks = 1 if self.world.experts is None else torch.distributed.get_world_size(self.world.experts)
-        count = sum(value.numel() for value in self.shared.values())
-        return count + ranks * sum(value.numel() for value in self.experts.values())
+        rows = self.layout.lengths
+        return sum(rows[name] * math.prod(value.shape[1:]) for name, value in self.held.items())
 
     def autocast(self) -> torch.autocast:
         """The context that the model computes in."""
@@ -107,7 +112,8 @@ class Learner:
         # Nothing draws random numbers in a step today; what will, must not depend on the steps before.
         torch.manual_seed((recipe.seed * 1_000_003 + step) * self.world.size + self.world.rank)
         self.model.train()
-        self.optimizer.zero_grad(set_to_none=True)
+        for value in (*self.layout.parameters.values(), *self.held.values()):
+            value.grad = None
         refusal = None
         try:
             with casts_kept(self.model):
@@ -142,17 +148,16 @@ class Learner:
             and the bytes that it sent; and ``[layers, num_experts]`` float64, its tokens by expert.
         """
         world, moes = self.world, self.model.moes
-        share = 1 / (self.pieces * world.size)
         sums, loads, names, bytes_sent = [], [], [], 0
         for piece in range(self.pieces):
             first = step * self.recipe.batch + (piece * world.size + world.rank) * self.micro_batch
             inputs, targets = (part.to(world.device) for part in order.batch(first, self.micro_batch))
             loss = self._loss(inputs, targets, step)
             auxiliary = torch.stack([moe.auxiliary_loss() for moe in moes]).sum()
-            ((loss + auxiliary) * share).backward()
+            ((loss + auxiliary) / self.pieces).backward()
             means = _mean_losses(moes)
             names = list(means)
-            sums.append(torch.stack([loss.detach(), *means.values()]).double() * share)
+            sums.append(torch.stack([loss.detach(), *means.values()]).double() / (self.pieces * world.size))
             loads.append(torch.stack([_load(moe) for moe in moes]))
             bytes_sent += sum(moe.traffic.bytes_sent() for moe in moes)
         sent = torch.tensor([bytes_sent], device=world.device, dtype=torch.float64)
@@ -176,27 +181,25 @@ class Learner:
         return functional.cross_entropy(wide.flatten(0, 1), targets.flatten())
 
     def _reduce(self) -> Tensor:
-        """Add gradients over ranks, clip them, and give their norm before that."""
-        for value in (*self.shared.values(), *self.experts.values()):
-            if value.grad is None:  # an expert that got no token: the other ranks still wait for it
-                value.grad = torch.zeros_like(value)
-        shared = [value.grad for value in self.shared.values() if value.grad is not None]
-        experts = [value.grad for value in self.experts.values() if value.grad is not None]
-        self.world.add_gradients(shared, experts)
-        norm = self.world.norm(shared, experts)
-        scale = (self.recipe.clip / norm.clamp_min(1e-30)).clamp_max(1.0)
-        torch._foreach_mul_(shared + experts, scale.to(shared[0].dtype))
+        """Average gradients over ranks, clip them, give them to the optimizer, and return their norm before that."""
+        self.layout.average()
+        norm = clip_gradients(self.model, self.world.mesh, self.recipe.clip)
+        for name, parameter in self.layout.parameters.items():
+            held = self.held[name]
+            # An expert that got no token on any rank still decays.
+            held.grad = torch.zeros_like(held) if parameter.grad is None else local(parameter.grad)
         return norm
 
     def weights(self) -> dict[str, Tensor]:
         """Every weight and buffer of the whole model by name, in the first rank's main memory; all ranks must call it."""
-        return self._gathered(self.model.state_dict().items())
+        named = {name: local(value) for name, value in self.model.state_dict().items()}
+        return self._gathered((name, name, value) for name, value in named.items())
 
     def moments(self) -> dict[str, Tensor]:
         """Adam's state of the whole model by name, in the first rank's main memory; all ranks must call it."""
-        states = {name: self.optimizer.state[value] for name, value in (self.shared | self.experts).items()}
+        states = {name: self.optimizer.state[value] for name, value in self.held.items()}
         found = self._gathered(
-            (f"{name}.{moment}", state[moment]) for name, state in states.items() for moment in MOMENTS
+            (f"{name}.{moment}", name, state[moment]) for name, state in states.items() for moment in MOMENTS
         )
         if self.world.first:
             found |= {f"{name}.step": state["step"] for name, state in states.items()}
@@ -214,7 +217,7 @@ class Learner:
             ValueError: If it is another model's.
         """
         load_weights(self.model, weights, source)
-        for name, value in (self.shared | self.experts).items():
+        for name, value in self.held.items():
             try:
                 state = {moment: moments[f"{name}.{moment}"] for moment in MOMENTS}
                 state["step"] = moments[f"{name}.step"]
@@ -227,17 +230,18 @@ class Learner:
             }
 
     def part(self, name: str, length: int) -> slice:
-        """What this rank holds of a tensor of the whole model, of so many rows."""
-        return self.world.own_experts(length) if EXPERTS in name else slice(0, length)
+        """What this rank holds of a tensor of a checkpoint, of so many rows."""
+        of, _, last = name.rpartition(".")
+        return self.layout.rows(of if last in MOMENTS else name, length)
 
-    def _gathered(self, named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-        """Whole tensors on the first rank, one after another; nothing on the others."""
-        found = {}
-        for name, value in named:
-            whole = self.world.gather_experts(value) if EXPERTS in name else value
-            if self.world.first and whole is not None:
-                found[name] = whole.cpu()
-        return found
+    def _gathered(self, named: Iterable[tuple[str, str, Tensor]]) -> dict[str, Tensor]:
+        """Whole tensors on the first rank, one after another; nothing on the others.
+
+        Args:
+            named: Each one's name, that of the weight it belongs to, and what this rank holds of it.
+        """
+        gathered = ((name, self.layout.gather(of, held)) for name, of, held in named)
+        return {name: whole for name, whole in gathered if whole is not None}
 
 
 def shares(recipe: Recipe, ranks: int) -> tuple[int, int]:

@@ -18,7 +18,9 @@ import json
 import math
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,7 +30,8 @@ from adamac._version import __version__
 from adamac.moe.lm import checkpoint
 from adamac.moe.lm.corpus import Corpus, Order, is_corpus, prepare, unigram_bits_per_byte
 from adamac.moe.lm.evaluate import bits_per_byte, predicted
-from adamac.moe.lm.learner import Diverged, Learner, Update, shares
+from adamac.moe.lm.learner import Diverged, LayoutName, Learner, Update, shares
+from adamac.moe.lm.model import GPTConfig
 from adamac.moe.lm.recipe import Recipe
 from adamac.moe.lm.text import text_files
 from adamac.moe.lm.world import Left, World
@@ -108,6 +111,7 @@ def train(
     watcher: Watcher | None = None,
     dtype: torch.dtype = torch.float32,
     amp: bool | None = None,
+    layout: LayoutName = "replicated",
 ) -> Result:
     """Train a model, or go on training it.
 
@@ -119,6 +123,8 @@ def train(
         watcher: Is told of every step, on the first rank.
         dtype: Of weights and moments.
         amp: Compute in bfloat16 where that is safe; ``None``: on a GPU.
+        layout: Whether every rank has all of what is no expert's, "replicated", or a share of everything, "sharded". A run
+            may go on with the other.
 
     Returns:
         What was reached; the same on all ranks.
@@ -131,12 +137,14 @@ def train(
     """
     world = world or World()
     with world.listening():
-        run = _begin(recipe, directory, resume, world, dtype, amp)
+        amp = world.device.type == "cuda" if amp is None else amp
+        learns = partial(Learner, recipe, world=world, dtype=dtype, amp=amp, layout=layout)
+        run = _begin(recipe, directory, resume, world, learns)
         return run.finish(watcher if watcher is not None and world.first else Silent())
 
 
 def _begin(
-    recipe: Recipe, directory: Path, resume: bool, world: World, dtype: torch.dtype, amp: bool | None
+    recipe: Recipe, directory: Path, resume: bool, world: World, learns: Callable[[GPTConfig], Learner]
 ) -> _Run:
     """Make everything ready, from the newest checkpoint if there is one."""
     shares(recipe, world.size)
@@ -146,12 +154,11 @@ def _begin(
         begun = _is_begun(directory, recipe, resume)
     try:
         corpus = _corpus(recipe, directory, begun, world)
-        amp = world.device.type == "cuda" if amp is None else amp
         with world.together():
             order = Order(corpus.train_tokens, recipe.context, recipe.seed)
             # Too little to be evaluated is refused now rather than after many steps.
             predicted(corpus, recipe.context, recipe.eval_tokens)
-            learner = Learner(recipe, recipe.model(corpus.vocab), world, dtype, amp)
+            learner = learns(recipe.model(corpus.vocab))
     except (ValueError, OSError, Left):
         if world.first and not begun:  # what could not begin leaves nothing behind
             shutil.rmtree(absent[-1] if absent else directory, ignore_errors=True)

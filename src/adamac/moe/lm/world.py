@@ -1,22 +1,16 @@
-"""The ranks of a training run, and the two ways in which a parameter is spread over them.
+"""The ranks of a training run, what they do together, and how one learns that another is gone.
 
-Everything but routed experts is on every rank; its gradients are added over all ranks. With expert parallelism a rank holds some
-of the experts, whose gradients the layer's own backward already adds over the ranks that sent them tokens; they are added only
-over the ranks that hold the same experts (*replicas*). Losses are divided by the number of ranks before the backward, so every
-addition is a plain sum.
+The ranks form a grid, see :mod:`adamac.moe.parallel`; how a model's parameters lie on it is a matter of :mod:`adamac.moe.lm.layout`.
 
 What one rank does for all, or each does alone and may fail at, is done *together*: no rank goes on before all are done, and where
 one fails, all do. Word of it travels over gloo, in a group of its own that waits as long as it takes: preparing text or writing a
 checkpoint may take longer than NCCL waits for a collective.
-
-Gradients travel in flat buckets after the backward rather than in hooks: it works alike for parameters that got no
-gradient, on gloo and NCCL, and gives the same bits whatever the order in which gradients became ready.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,10 +18,10 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
-from adamac.moe.parallel import expert_mesh
+from adamac.moe.parallel import expert_group, expert_mesh
 
-BUCKET_BYTES = 64 * 2**20
 PATIENCE = timedelta(days=7)
 """How long a rank waits for what others do together with it; one that is gone is noticed at once."""
 
@@ -44,22 +38,30 @@ class World:
         rank: Number of this rank.
         size: How many there are.
         device: Where this one computes.
-        experts: The ranks among which the experts are divided; ``None`` if every rank has all.
-        replicas: The ranks that hold the same experts; ``None`` if ``experts`` is.
+        mesh: All ranks as a grid ``("data", "expert")``; ``None`` if there is one.
         control: All ranks, over gloo; ``None`` if there is one.
     """
 
     rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")  # noqa: RUF009  a device is a value
-    experts: dist.ProcessGroup | None = None
-    replicas: dist.ProcessGroup | None = None
+    mesh: DeviceMesh | None = None
     control: dist.ProcessGroup | None = None
 
     @property
     def first(self) -> bool:
         """Whether this rank writes files and speaks."""
         return self.rank == 0
+
+    @property
+    def expert_ranks(self) -> int:
+        """Among how many ranks the experts are divided."""
+        return 1 if self.mesh is None else self.mesh.size(1)
+
+    @property
+    def experts(self) -> dist.ProcessGroup | None:
+        """The ranks among which the experts are divided; ``None`` if every rank has all."""
+        return None if self.mesh is None or self.expert_ranks == 1 else expert_group(self.mesh)
 
     @classmethod
     def join(cls, device: str = "auto", expert_ranks: int = 1) -> World:
@@ -84,9 +86,9 @@ class World:
         if not begun:
             card = place if place.type == "cuda" else None
             dist.init_process_group("nccl" if card else "gloo", device_id=card)
-        experts, replicas = _divide(expert_ranks) if expert_ranks > 1 else (None, None)
+        mesh = expert_mesh(expert_ranks, "cuda" if dist.get_backend() == "nccl" else "cpu")
         control = dist.new_group(backend="gloo", timeout=PATIENCE)
-        return cls(dist.get_rank(), size, place, experts, replicas, control)
+        return cls(dist.get_rank(), size, place, mesh, control)
 
     def leave(self) -> None:
         """End the process group, if there is one."""
@@ -137,49 +139,6 @@ class World:
             dist.all_reduce(value)
         return value
 
-    def add_gradients(self, shared: Iterable[Tensor], experts: Iterable[Tensor]) -> None:
-        """Add up gradients in place: of parameters that every rank has, and of this rank's experts."""
-        if self.size == 1:
-            return
-        for bucket in _buckets(shared):
-            _add_flat(bucket, None)
-        for bucket in _buckets(experts):
-            if self.experts is None:
-                _add_flat(bucket, None)
-            elif self.replicas is not None and dist.get_world_size(self.replicas) > 1:
-                _add_flat(bucket, self.replicas)
-
-    def norm(self, shared: Iterable[Tensor], experts: Iterable[Tensor]) -> Tensor:
-        """Euclidean norm of the whole gradient, every expert counted once, as a float64 scalar."""
-        own = _square(experts, self.device)
-        if self.experts is not None:
-            dist.all_reduce(own, group=self.experts)
-        return (_square(shared, self.device) + own).sqrt()
-
-    def gather_experts(self, tensor: Tensor) -> Tensor | None:
-        """Put the experts of all ranks into one tensor, ``[local_experts, ...]`` to ``[num_experts, ...]``.
-
-        Returns:
-            It, in the first rank's main memory; ``None`` on other ranks.
-        """
-        if self.experts is None:
-            return tensor.cpu() if self.first else None
-        if 0 not in dist.get_process_group_ranks(self.experts):  # these hold copies
-            return None
-        parts = None
-        if self.first:
-            parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(self.experts))]
-        dist.gather(tensor.contiguous(), parts, dst=0, group=self.experts)
-        return None if parts is None else torch.cat([part.cpu() for part in parts])
-
-    def own_experts(self, number: int) -> slice:
-        """This rank's experts of so many; none if they cannot be divided."""
-        if self.experts is None:
-            return slice(0, number)
-        own, remainder = divmod(number, dist.get_world_size(self.experts))
-        first = dist.get_rank(self.experts) * own
-        return slice(first, first + own) if remainder == 0 else slice(0)
-
 
 def find_device(name: str, local_rank: int | None = None) -> torch.device:
     """Find a device by its name.
@@ -205,36 +164,3 @@ def find_device(name: str, local_rank: int | None = None) -> torch.device:
     elif device.type != "cpu":
         raise ValueError(f"no device {name!r}; expected auto, cpu, cuda or cuda:1")
     return device
-
-
-def _divide(expert_ranks: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
-    """Groups of this rank: neighbours that divide the experts, and those at the same place in other such groups."""
-    mesh = expert_mesh(expert_ranks, "cuda" if dist.get_backend() == "nccl" else "cpu")
-    return mesh.get_group("expert"), mesh.get_group("data")
-
-
-def _buckets(gradients: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    bucket: list[Tensor] = []
-    size = 0
-    for gradient in gradients:
-        if bucket and (size + gradient.nbytes > BUCKET_BYTES or gradient.dtype != bucket[0].dtype):
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(gradient)
-        size += gradient.nbytes
-    if bucket:
-        yield bucket
-
-
-def _add_flat(bucket: list[Tensor], group: dist.ProcessGroup | None) -> None:
-    flat = torch.cat([gradient.flatten() for gradient in bucket])
-    dist.all_reduce(flat, group=group)
-    for gradient, total in zip(bucket, flat.split([gradient.numel() for gradient in bucket]), strict=True):
-        gradient.copy_(total.view_as(gradient))
-
-
-def _square(gradients: Iterable[Tensor], device: torch.device) -> Tensor:
-    total = torch.zeros((), device=device, dtype=torch.float64)
-    if gradients := list(gradients):
-        total += torch.stack(torch._foreach_norm(gradients)).double().square().sum()
-    return total
