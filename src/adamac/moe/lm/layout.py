@@ -180,8 +180,8 @@ def _agreement(world: World) -> Callable[[Router, Any, tuple[Routing, Any]], Non
     def agree(router: Router, given: Any, found: tuple[Routing, Any]) -> None:
         finite = found[0].finite
         if finite is not None:
-            told = torch.empty(world.size, dtype=torch.int32, device=world.device)
-            dist.all_gather_into_tensor(told, finite.to(torch.int32).view(1))
-            refuse_not_finite(told.tolist())
+            told = list(torch.empty(world.size, 1, dtype=torch.int32, device=world.device))
+            dist.all_gather(told, finite.to(torch.int32).view(1))
+            refuse_not_finite(torch.cat(told).tolist())
 
     return agree

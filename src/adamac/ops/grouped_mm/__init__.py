@@ -42,7 +42,9 @@ def grouped_mm(
     if chosen(impl, rows, weights) == "torch" and len(rows):
         ends = ends_of(counts) if ends is None else ends
         product = torch.nn.functional.grouped_mm(rows, weights, offs=ends)
-        return _ContiguousGradient.apply(product) if product.requires_grad else product
+        if product.requires_grad:  # its backward refuses a gradient that was expanded (stride 0), such as that of a sum
+            product.register_hook(Tensor.contiguous)
+        return product
     from adamac.ops.grouped_mm import reference
 
     return reference.grouped_mm(rows, weights, counts)
@@ -95,15 +97,3 @@ def _check(rows: Tensor, weights: Tensor, counts: Tensor) -> None:
         raise ValueError(f"expected a count for each of {len(weights)} groups; got {tuple(counts.shape)}")
     if rows.dtype != weights.dtype:
         raise ValueError(f"rows are {rows.dtype} but weights are {weights.dtype}; cast one to the other")
-
-
-class _ContiguousGradient(torch.autograd.Function):
-    """Identity. PyTorch's backward refuses a gradient that was expanded (stride 0), such as that of a sum."""
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor) -> Tensor:
-        return output.view_as(output)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return gradients[0].contiguous()
