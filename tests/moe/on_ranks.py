@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from importlib import import_module
 from unittest.mock import patch
 
@@ -18,6 +18,7 @@ from adamac.moe import MoE, MoEConfig
 from adamac.moe.cost import Machine
 from adamac.moe.dispatch import Dispatcher, Meter, choose
 from adamac.moe.dispatch.exchange import Started
+from adamac.moe.experts import casts_kept
 from adamac.moe.parallel import average_gradients, clip_gradients, expert_group, expert_mesh, shard
 from adamac.moe.routing import Routing
 from adamac.moe.timing import STAGES, StageClock
@@ -207,6 +208,20 @@ def _gradient_errors(rank: int, config: MoEConfig, expert_ranks: int, sharded: b
         average_gradients(spread, mesh)
     clipped = clip_gradients(spread, mesh, 0.5)
     return _worst_of(alone, spread, lambda p: p.grad), float(abs(clipped - norm))
+
+
+def accumulated_casts_error(rank: int, config: MoEConfig) -> float:
+    """Largest difference that keeping casts makes to gradients of two pieces in bfloat16, in a model that FSDP2 gathers."""
+    mesh, gradients = expert_mesh(1), []
+    for kept in (False, True):
+        torch.manual_seed(3)
+        model = shard(Stack(config, None, torch.float32), mesh, blocks=(MoE,))
+        with casts_kept(model) if kept else nullcontext():
+            for piece in torch.randn(2, 5, config.hidden, generator=torch.Generator().manual_seed(rank)):
+                with torch.autocast("cpu", torch.bfloat16):
+                    model(piece).square().mean().backward()
+        gradients.append([parameter.grad.full_tensor() for parameter in model.parameters()])
+    return max(_largest(a - b) for a, b in zip(*gradients, strict=True))
 
 
 def _worst_of(alone: torch.nn.Module, spread: torch.nn.Module, what) -> float:

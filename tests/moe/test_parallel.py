@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from on_ranks import Stack, gradient_errors, read_weights, write_weights
+from on_ranks import Stack, accumulated_casts_error, gradient_errors, read_weights, write_weights
 
 from adamac.moe import MoE, preset
 from adamac.moe.weights import load_weights, save_weights
@@ -21,6 +21,10 @@ def test_gradients_on_a_grid_equal_those_of_one_rank(ranks, per_row):
     """Replicated or sharded, whether rows or columns of the grid are one rank long or longer."""
     for errors in run_ranks(gradient_errors, ranks, CONFIG, per_row):
         assert max(errors.values()) < 1e-12, errors
+
+
+def test_experts_that_are_gathered_for_each_pass_keep_no_casts():
+    assert run_ranks(accumulated_casts_error, 2, CONFIG) == [0.0, 0.0]
 
 
 def test_weights_of_four_ranks_are_read_by_two_and_by_one(tmp_path):

@@ -194,9 +194,11 @@ def test_too_little_text_is_a_line_on_each_rank(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_rank_that_is_killed_stops_the_other_in_one_line(corpus, tmp_path):
+@pytest.mark.parametrize("layout", ["replicated", "sharded"])
+def test_a_rank_that_is_killed_stops_the_other_in_one_line(corpus, tmp_path, layout):
     port, rows = free_port(), tmp_path / "out" / "moe" / "rows.jsonl"
     arguments = ("--data", str(corpus.folder), "--hidden", "16", "--context", "16", "--steps", "100000")
+    arguments = (*arguments, "--layout", layout)
     ranks = [started(rank, port, tmp_path, *arguments) for rank in range(2)]
     while not rows.exists() and all(process.poll() is None for process in ranks):
         time.sleep(0.01)

@@ -8,7 +8,7 @@ and float16, and on other GPUs, PyTorch itself loops over the groups and waits f
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -42,7 +42,9 @@ def grouped_mm(
     if chosen(impl, rows, weights) == "torch" and len(rows):
         ends = ends_of(counts) if ends is None else ends
         product = torch.nn.functional.grouped_mm(rows, weights, offs=ends)
-        if product.requires_grad:  # its backward refuses a gradient that was expanded (stride 0), such as that of a sum
+        if (
+            product.requires_grad
+        ):  # its backward refuses a gradient that was expanded (stride 0), such as that of a sum
             product.register_hook(Tensor.contiguous)
         return product
     from adamac.ops.grouped_mm import reference
