@@ -21,7 +21,8 @@ import numpy as np
 import torch
 
 from adamac.moe.lm.corpus import Order
-from adamac.moe.lm.learner import LayoutName, Learner
+from adamac.moe.lm.layout import LayoutName
+from adamac.moe.lm.learner import Learner
 from adamac.moe.lm.recipe import Recipe
 from adamac.moe.lm.world import World
 

@@ -25,6 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from adamac.moe.layer import MoE
 
 BUCKET_BYTES = 64 * 2**20
+"""Gradients that travel at once."""
 
 
 def expert_mesh(expert_ranks: int, device_type: str = "cpu") -> DeviceMesh:

@@ -16,7 +16,8 @@ from test_lm_train import same, weights
 from adamac.moe.lm import learner as learning
 from adamac.moe.lm.checkpoint import load_model
 from adamac.moe.lm.corpus import Corpus, Order
-from adamac.moe.lm.learner import Diverged, LayoutName, Learner
+from adamac.moe.lm.layout import LayoutName
+from adamac.moe.lm.learner import Diverged, Learner
 from adamac.moe.lm.recipe import Recipe
 from adamac.moe.lm.train import train
 from adamac.moe.lm.world import World

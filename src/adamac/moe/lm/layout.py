@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,7 @@ from adamac.moe.lm.world import World
 from adamac.moe.parallel import average_gradients, shard
 from adamac.moe.routing import Router, Routing
 
+LayoutName = Literal["replicated", "sharded"]
 EXPERTS = ".moe.experts."
 """Part of the names of parameters that ranks divide, however the others lie."""
 
@@ -55,6 +56,23 @@ class Layout(Protocol):
             The whole tensor, in the first rank's main memory; ``None`` on other ranks.
         """
         ...
+
+
+def lay_out(name: LayoutName, model: GPT, world: World, *, amp: bool) -> Layout:
+    """Lay a model out on the ranks, in place; one rank has it all under either name.
+
+    Args:
+        name: The layout.
+        model: As it was built, on each rank alike.
+        world: The ranks.
+        amp: Whether it computes in bfloat16.
+
+    Raises:
+        ValueError: If there is no such layout.
+    """
+    if name not in get_args(LayoutName):
+        raise ValueError(f"layout must be {' or '.join(get_args(LayoutName))}, got {name!r}")
+    return Sharded(model, world, amp) if name == "sharded" and world.size > 1 else Replicated(model, world)
 
 
 class Replicated:
@@ -158,8 +176,8 @@ def _chunk(rank: int, length: int, ranks: int) -> slice:
 def _gather(held: Tensor, rows: list[slice], group: dist.ProcessGroup | None) -> Tensor | None:
     """Put rows together on the first rank of a group, each rank of which holds some of them."""
     longest = max(own.stop - own.start for own in rows)
-    padded = held.new_zeros(longest, *held.shape[1:])
-    padded[: len(held)] = held
+    missing = held.new_zeros(longest - len(held), *held.shape[1:])
+    padded = torch.cat((held, missing)) if len(missing) else held.contiguous()
     first = dist.get_rank(group) == 0
     parts = [torch.empty_like(padded) for _ in rows] if first else None
     dist.gather(padded, parts, dst=0, group=group)

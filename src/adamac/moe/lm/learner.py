@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,15 +20,13 @@ from adamac.moe.experts import casts_kept
 from adamac.moe.layer import MoE
 from adamac.moe.lm.checkpoint import load_weights
 from adamac.moe.lm.corpus import Order
-from adamac.moe.lm.layout import Layout, Replicated, Sharded
+from adamac.moe.lm.layout import LayoutName, lay_out
 from adamac.moe.lm.model import GPT, GPTConfig
 from adamac.moe.lm.recipe import Recipe
 from adamac.moe.lm.world import World
 from adamac.moe.parallel import clip_gradients, local
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-LayoutName = Literal["replicated", "sharded"]
-"""How parameters lie on the ranks, see :mod:`adamac.moe.lm.layout`."""
 
 
 class Diverged(ArithmeticError):
@@ -81,14 +79,11 @@ class Learner:
         Raises:
             ValueError: If the batch cannot be shared by the ranks, or there is no such layout.
         """
-        if layout not in get_args(LayoutName):
-            raise ValueError(f"layout must be {' or '.join(get_args(LayoutName))}, got {layout!r}")
         self.recipe, self.world, self.amp = recipe, world, amp
         self.micro_batch, self.pieces = shares(recipe, world.size)
         torch.manual_seed(recipe.seed)
         self.model = GPT(config, group=world.experts).to(world.device, dtype)
-        sharded = layout == "sharded" and world.size > 1
-        self.layout: Layout = Sharded(self.model, world, amp) if sharded else Replicated(self.model, world)
+        self.layout = lay_out(layout, self.model, world, amp=amp)
         self.held = {name: local(value.detach()) for name, value in self.layout.parameters.items()}
         self.optimizer = _adamw(self.held.values(), recipe, world.device)
 

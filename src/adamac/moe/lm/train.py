@@ -30,7 +30,8 @@ from adamac._version import __version__
 from adamac.moe.lm import checkpoint
 from adamac.moe.lm.corpus import Corpus, Order, is_corpus, prepare, unigram_bits_per_byte
 from adamac.moe.lm.evaluate import bits_per_byte, predicted
-from adamac.moe.lm.learner import Diverged, LayoutName, Learner, Update, shares
+from adamac.moe.lm.layout import LayoutName
+from adamac.moe.lm.learner import Diverged, Learner, Update, shares
 from adamac.moe.lm.model import GPTConfig
 from adamac.moe.lm.recipe import Recipe
 from adamac.moe.lm.text import text_files
