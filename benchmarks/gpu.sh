@@ -6,7 +6,8 @@
 #   attention=230  one call at 15 and 8 %, all shapes, all rivals    densities=150  the same at 30 and 5 %
 #   cog=60 wan1=130 wan14=200 hunyuan=240 hunyuan193=290            denoising steps of real transformers, random weights
 #   rivals=70                                                       the same for the paper's settings and SVG2's, Wan2.1-1.3B
-#   cogc=100 wan1c=150 wan14c=190                                    the same compiled
+#   cogc=90 wan1c=110 wan14c=215 hunyuanc=250                        the same compiled, over stock diffusers as it comes
+#   stock193=115                                                    a step of stock diffusers at HunyuanVideo's 193 frames
 # A rehearsal without a GPU: EXTRA=--tiny SHAPES=tiny bash benchmarks/gpu.sh out/rehearsal attention wan14
 set -u
 OUT=${1:?a folder for rows}; shift
@@ -20,6 +21,7 @@ steps() {
 }
 export -f bench steps
 QUICK="--rounds 1 --first-steps 0 --no-guidance"
+COMPILED="--arms best_dense+compile default_15+compile default_8+compile stock"
 for each in "$@"; do
   part=${each%%=*}; limit=${each#*=}; [ "$limit" = "$each" ] && limit=200
   minutes=$(python3 -c "print(max($limit - 12, 1) / 60)"); began=$SECONDS
@@ -31,14 +33,16 @@ for each in "$@"; do
     attention) run='for s in ${SHAPES:-wan-14b hunyuan-129f hunyuan-193f wan-1.3b cogvideox-2b}; do bench --shapes $s --densities 0.15 0.08 --rounds 3; done' ;;
     densities) run='for s in ${SHAPES:-wan-14b hunyuan-129f cogvideox-2b}; do bench --shapes $s --densities 0.3 0.05 --rounds 2; done' ;;
     cog) run="steps end_to_end --models cogvideox-2b --arms stock best_dense default_15 default_8 --rounds 2 --dense-steps 5 --sparse-steps 15" ;;
-    cogc) run="steps compiled --models cogvideox-2b --arms best_dense default_15 default_8 --compile --rounds 1 --dense-steps 5 --sparse-steps 15" ;;
+    cogc) run="steps compiled --models cogvideox-2b $COMPILED --rounds 1 --dense-steps 5 --sparse-steps 15" ;;
     wan1) run="steps end_to_end --models wan-1.3b --arms stock best_dense default_15 default_8 --rounds 2 --dense-steps 5 --sparse-steps 20" ;;
     rivals) run="steps end_to_end --models wan-1.3b --arms best_dense default_15 paper svg2 --rounds 1 --dense-steps 3 --sparse-steps 5" ;;
-    wan1c) run="steps compiled --models wan-1.3b --arms best_dense default_15 default_8 --compile --rounds 1 --dense-steps 5 --sparse-steps 10" ;;
+    wan1c) run="steps compiled --models wan-1.3b $COMPILED --rounds 1 --dense-steps 5 --sparse-steps 10" ;;
     wan14) run="steps end_to_end --models wan-14b --arms best_dense default_15 default_8 stock paper $QUICK --dense-steps 3 --sparse-steps 4" ;;
-    wan14c) run="steps compiled --models wan-14b --arms best_dense default_15 default_8 --compile $QUICK --dense-steps 3 --sparse-steps 4" ;;
+    wan14c) run="steps compiled --models wan-14b $COMPILED $QUICK --dense-steps 2 --sparse-steps 4" ;;
+    hunyuanc) run="steps compiled --models hunyuan-129f $COMPILED $QUICK --dense-steps 1 --sparse-steps 3" ;;
     hunyuan) run="steps end_to_end --models hunyuan-129f --arms default_15 default_8 best_dense stock paper --rounds 1 --first-steps 0 --dense-steps 1 --sparse-steps 3" ;;
     hunyuan193) run="steps end_to_end --models hunyuan-193f --arms default_8 default_15 best_dense stock --rounds 1 --first-steps 0 --dense-steps 1 --sparse-steps 3" ;;
+    stock193) run="steps end_to_end --models hunyuan-193f --arms stock $QUICK --dense-steps 1" ;;
     *) echo "no part $part" >&2; exit 2 ;;
   esac
   case $run in steps*) run="$run --minutes $minutes" ;; esac

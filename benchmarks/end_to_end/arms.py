@@ -60,12 +60,25 @@ ARMS: dict[str, Arm] = {arm.name: arm for arm in _ALL}
 
 
 def choose(names: tuple[str, ...], *, compiled: bool) -> list[Arm]:
-    """Look arms up, each followed by its compiled variant if wanted.
+    """Look arms up, each followed by its compiled variant if wanted; a name may ask for that variant alone, "stock+compile".
 
     Raises:
         ValueError: If a name is unknown.
     """
-    if unknown := [name for name in names if name not in ARMS]:
-        raise ValueError(f"unknown arm {unknown[0]!r}; there are {', '.join(ARMS)}")
-    arms = [ARMS[name] for name in dict.fromkeys(names)]
-    return [variant for arm in arms for variant in ((arm, arm.with_compile()) if compiled else (arm,))]
+    if unknown := [name for name in names if name.removesuffix(COMPILED) not in ARMS]:
+        raise ValueError(
+            f"unknown arm {unknown[0]!r}; there are {', '.join(ARMS)}, each with or without {COMPILED}"
+        )
+    asked = list(dict.fromkeys(names))
+    if compiled:
+        asked = list(dict.fromkeys(name for each in asked for name in (each, _compiled(each))))
+    return [_arm(name) for name in asked]
+
+
+def _compiled(name: str) -> str:
+    return name.removesuffix(COMPILED) + COMPILED
+
+
+def _arm(name: str) -> Arm:
+    arm = ARMS[name.removesuffix(COMPILED)]
+    return arm.with_compile() if name.endswith(COMPILED) else arm

@@ -29,7 +29,8 @@ class Run:
 
     Attributes:
         models: Which models: cogvideox-2b, wan-1.3b, wan-14b, hunyuan-129f, hunyuan-193f.
-        arms: Which arms: stock, best_dense, svg2, svg2_30, paper, default, default_15, default_8.
+        arms: Which arms: stock, best_dense, svg2, svg2_30, paper, default, default_15, default_8; with "+compile" behind
+            its name an arm runs with the transformer's blocks compiled in full graphs.
         out: File of rows; rows of former runs in it stay.
         rounds: Turns of each arm.
         dense_steps: Steps of a dense arm in a turn.
@@ -37,7 +38,7 @@ class Run:
             dense steps of best_dense, which are the same.
         sparse_steps: Steps of a sparse arm in a turn, after the one that clusters from scratch.
         guidance: Classifier-free guidance, where the model uses it: twice the work in every step.
-        compile: Run each arm also with the transformer's blocks compiled in full graphs.
+        compile: Run each arm also compiled.
         layers: Layers of the transformer; all if not given. Rows say so, and no video is projected.
         minutes: Stop cleanly after this long.
         warmup_layers: Layers of each list of blocks in the warm-up of an arm that is not compiled.

@@ -163,7 +163,7 @@ def run_turn(bench: Bench, arm: Arm, kinds: tuple[Kind, ...]) -> Turn:
         if arm.compiled:
             stack.enter_context(compiled_blocks(bench.pipe))
             # Compiled code is tied to the hooks of this turn, and perhaps to the layer: all layers warm up, in every turn.
-            _run(bench, _Watch(kinds_of_turn(arm, dense=1, first=1, sparse=1), handle, bench))
+            _run(bench, _Watch(tuple(dict.fromkeys(kinds)), handle, bench))
             if handle is not None:
                 handle.clear()
         memory = MemoryPeak(bench.device)
