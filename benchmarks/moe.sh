@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The mixture of experts on the GPUs of one host, in order of worth, each part with a time limit of its own:
-#   bash benchmarks/moe.sh OUT [PART...]      parts: nvlink shm none sockets quality advise
+#   bash benchmarks/moe.sh OUT [PART...]      parts: nvlink shm none sockets quality advise layouts
 # LIMIT (490) is the seconds for everything. quality reads text files in TEXT (a folder) and trains STEPS (1200) steps of each arm.
 # NVLink multicast stays off: it is not what is measured. A rehearsal on a processor:
 #   REHEARSE=1 bash benchmarks/moe.sh out/rehearsal nvlink none
@@ -53,7 +53,9 @@ for what in ${*:-nvlink shm none sockets quality advise}; do
     quality) quality ;;
     advise) part advise 70 python3 -m torch.distributed.run --nproc-per-node 2 -m adamac.cli advise moe --measure \
       --device $DEVICE --out "$OUT/moe_machine.json" ;;
+    layouts) part layouts 150 python3 -m torch.distributed.run --standalone --nproc-per-node 2 -m benchmarks.moe_layouts \
+      --device $DEVICE $SMALL --expert-ranks 1 2 --out "$OUT/moe_layouts.jsonl" ;;
     *) echo "no part $what" >&2; exit 2 ;;
   esac
 done
-python3 -m benchmarks.moe summary "$OUT/moe.jsonl"
+if [ -f "$OUT/moe.jsonl" ]; then python3 -m benchmarks.moe summary "$OUT/moe.jsonl"; fi
