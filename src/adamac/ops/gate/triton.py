@@ -208,5 +208,7 @@ def _through_normalising(wanted, score):
     """Gradient in scores of what they are once they add up to 1; a sum that was raised to the least is a constant."""
     total = tl.sum(score, 1)[:, None]
     scale = tl.maximum(total, _LEAST_SUM)
-    mean = tl.sum(wanted * score, 1)[:, None] / scale
-    return (wanted - tl.where(total >= _LEAST_SUM, mean, 0.0)) / scale
+    # Less the largest, of which the mean takes away nearly all where gradients are alike: rounding would be what is left.
+    apart = wanted - tl.max(tl.where(score > 0, wanted, float("-inf")), 1)[:, None]
+    mean = tl.sum(tl.where(score > 0, apart * score, 0.0), 1)[:, None] / scale
+    return tl.where(total >= _LEAST_SUM, apart - mean, wanted) / scale
