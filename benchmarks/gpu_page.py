@@ -19,14 +19,14 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
-from .gpu_steps import by_run, profile_rows, step_rows
+from .gpu_steps import Runs, by_run, profile_rows, step_rows
 from .gpu_targets import Rows, target_rows
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "h100"
 SHAPES = ("cogvideox-2b", "wan-1.3b", "wan-14b", "hunyuan-129f", "hunyuan-193f")
 DENSITIES = (15, 8)
-OTHER_DENSITIES = (30, 5)  # in the run before
+OTHER_DENSITIES = (30, 5)  # two runs before
 STAGES = ("nearest", "sort", "moments", "select", "pack", "list", "attend", "other")
 VARIANTS = {
     "committed": "the kernel before: keys and values by themselves, two blocks in flight",
@@ -59,7 +59,8 @@ def drawn() -> str:
     """The page from the rows that there are."""
     attention, former = calls("attention.jsonl"), calls("attention_second_run.jsonl")
     probes, meeting = read("kernel_probes.jsonl"), read("crossover.jsonl")
-    return page(attention, former, by_run(read("end_to_end.jsonl")), probes, meeting)
+    steps, compiled = by_run(read("end_to_end.jsonl")), by_run(read("compiled.jsonl"))
+    return page(attention, former, steps, compiled, probes, meeting)
 
 
 def read(name: str) -> list[dict[str, Any]]:
@@ -81,20 +82,25 @@ def ours(density: int, compensated: bool = True) -> str:
 def page(
     attention: Rows,
     former: Rows,
-    runs: dict[str, list[dict[str, Any]]],
+    runs: Runs,
+    compiled: Runs,
     probes: list[dict[str, Any]],
     meeting: list[dict[str, Any]],
 ) -> str:
     """The page as Markdown."""
     stamp = next(iter(attention.values()))
+    commits = " and ".join(sorted({row["commit"] for row in attention.values()}))
     machine = f"{stamp['device']}, torch {stamp['torch']}, triton {stamp['triton']}"
     parts = [
         "# Results on a GPU",
         f"Drawn by `benchmarks/gpu_page.py` from the rows in `benchmarks/results/h100/`: {machine}, flash-attn-4 4.0.0b36, "
-        f"commit {stamp['commit']}. Ratios hold within one run. Times are the device's, with the host ahead of it as in a "
+        f"calls at commits {commits}. Ratios hold within one run. Times are the device's, with the host ahead of it as in a "
         "transformer's step; a step whose other work is shorter than the host's share is bound by the host.",
         "## Targets",
-        table(["what", "where", "target", "measured", "met"], target_rows(attention, runs)),
+        table(
+            ["what", "where", "target", "measured", "blocks compiled", "met"],
+            target_rows(attention, runs, compiled),
+        ),
         TARGET_WORDS,
         "## One attention call",
         "Tensors that look like attention (clustered, drawn fresh each round; no model), medians of "
@@ -108,9 +114,9 @@ def page(
         "![Speed-up against density](assets/speedup.svg)",
         "The same without compensation (of which the paper has none), and other people's kernels over random blocks of "
         "128 × 128 of the same density, the kernel alone, nothing planned (over the limit where dense, which takes long, ran at a "
-        "lower rate than a short call: 675 TFLOP/s against 754):",
+        "lower rate than a short call: 718 TFLOP/s against 782):",
         table(["shape", *(f"{d} %, {who}" for d in DENSITIES for who in RIVALS)], rival_rows(attention)),
-        "Other densities were measured in the run before, with the kernel before and over cuDNN, which was the fastest then "
+        "Other densities were measured two runs before, with an older kernel and over cuDNN, which was the fastest then "
         "(flash-attn-4 could not be loaded):",
         table(
             ["shape", *(f"{d} %" for d in OTHER_DENSITIES)],
@@ -141,13 +147,17 @@ def page(
         table(["fetched are", "ms", "TFLOP/s"], limit_rows(probes)),
         LIMIT_WORDS,
         "## Denoising steps",
-        "Real transformers at full size in their real pipelines and schedulers, **random weights**, arms in turns, nothing "
-        "compiled. *First sparse* is the step that clusters from scratch. Wan2.1-14B without guidance: one forward a step.",
+        "Real transformers at full size in their real pipelines and schedulers, **random weights**, arms in turns. *First "
+        "sparse* is the step that clusters from scratch. Wan2.1-14B without guidance: one forward a step.",
+        "With the transformer's blocks compiled (`adamac.enable(..., compile=True)` does that), dense and sparse, beside stock "
+        "diffusers as it comes:",
+        *steps_by_run(compiled),
+        "Nothing compiled:",
         *steps_by_run(runs),
-        "Where the time of a step goes (the newest run):",
+        "Where the time of a step goes, nothing compiled (the newest row of each arm):",
         table(
-            ["model", "arm", "planning, ms", "attention, ms", "not attention, ms", "share of it"],
-            profile_rows(next(iter(runs.values()))),
+            ["model", "arm", "planning, ms", "attention, ms", "not attention, ms", "share of it", "commit"],
+            profile_rows(runs),
         ),
         STEP_WORDS,
         "## Checks on the same card",
@@ -165,19 +175,22 @@ def page(
 
 RIVALS = {"plain": "adamac {}%", "flex": "flex blocks {}%", "flash-attn-4": "flash4 blocks {}%"}
 TARGET_WORDS = (
-    "flash-attn-4, which the targets are over, is 1.15 to 1.33 times as fast as cuDNN in this run. *State* is as it was in this "
-    "run, one byte a coordinate; it is half of one since, 0.4 GB at most, which a test holds. Where sparse attention cannot win "
-    "calls stay dense ([below](#from-how-much-work-on-sparse-attention-pays))."
+    "flash-attn-4, which the targets are over, is 1.18 to 1.35 times as fast as cuDNN in this run. *Blocks compiled* is compiled "
+    "sparse over compiled dense, and over stock diffusers as it comes, which is not compiled. One step of twenty at Wan2.1-1.3B, "
+    "8 %, took a third longer than the others, while a training run had most of the host's cores. Where sparse attention "
+    "cannot win calls stay dense ([below](#from-how-much-work-on-sparse-attention-pays))."
 )
 CALL_WORDS = (
-    "From 75,000 tokens on 75 to 87 % of a call are the attention kernel. Its rate counts rows that somebody asked for: with "
+    "From 75,000 tokens on 79 to 89 % of a call are the attention kernel. Its rate counts rows that somebody asked for: with "
     "root-N query clusters the last tile of each is part empty, and it computes 12 % more rows than there are at Wan2.1-14B, 9 % "
     "at HunyuanVideo's 129 frames, 17 % at Wan2.1-1.3B and 25 % at CogVideoX-2B (counted on tensors drawn alike, "
-    "`cpu/row_waste.jsonl`). Below 33,000 tokens planning weighs as much: 14 and 26 % of dense. The clustering kernels "
-    "have been rewritten since this run (wider reads, one comparison a block for the nearest centroid, two passes of moments for "
-    "four) and not been timed yet. Next to try are tiles that waste fewer rows, and flash-attn-4's own block-sparse kernel over "
-    "tokens sorted by cluster, with the means merged in by log-sum-exp: over random blocks of the same density it takes two "
-    "thirds of the time of ours at Wan2.1-14B."
+    "`cpu/row_waste.jsonl`), and it reads a mean for every cluster that is skipped, 1 to 2 % of the keys. The clustering kernels "
+    "take two thirds of the time that they took in the run before. CogVideoX-2B is the one shape here whose clusters went by "
+    "logits ([decision](decisions/logit-metric.md)); that cost it 0.4 ms a call, in products too small to fill the card. Since "
+    "then directions are one kernel and forms come from the matrix units; no row of a single call shows it yet. Next to try are "
+    "tiles that waste fewer rows. Blocks of tokens sorted by cluster, for flash-attn-4's block-sparse kernel, would not help: "
+    "for the same error they have to read 1.4 times as much ([log](log.md)). What does help is to ask for less: by logits "
+    "8 % errs less than 15 % did before ([results](results.md))."
 )
 LIMIT_WORDS = (
     "So lists and traffic are worth 7 % of the kernel at most, less than the rows that tiles waste. Fetching by TMA would save "
@@ -185,20 +198,25 @@ LIMIT_WORDS = (
     "would have to be fetched in boxes with ragged ends. It is not worth building before the rest."
 )
 STEP_WORDS = (
-    "What is not attention is 56 to 76 % of a sparse step, and as long as in a dense one: linear layers, and norms, rotary "
-    "embeddings and modulation that run eagerly here. `enable(..., compile=True)` is made for these and has not been timed: that "
-    "is next. Wan2.1-14B would meet its targets if that part took a fifth less in dense and sparse steps; CogVideoX-2B if it "
-    "took half, or if planning (52 ms of 445 to 474) were free."
+    "What is not attention (linear layers; norms, rotary embeddings and modulation, which run eagerly here) is 48 to 76 % of a "
+    "sparse step and as long as in a dense one. Compiling takes 1.4 s of 11.4 off a step of Wan2.1-14B, dense or sparse, 0.24 s of "
+    "1.17 at Wan2.1-1.3B and 1.8 s of 20.4 at HunyuanVideo's 129 frames, so a sparse step gains most, and every target of a "
+    "compiled step is met. Not run compiled: 193 frames for want of time, and CogVideoX-2B, where this benchmark asked diffusers' "
+    "`compile_repeated_blocks`, which does not know that model's blocks (mended; `enable(compile=True)` compiles them by itself). "
+    "SVG2's first sparse step clusters with fifty iterations: 7.9 s at Wan2.1-1.3B, after which its time was up; it was not run "
+    "on the larger models, nor were the paper's settings at Wan2.1-14B and 193 frames."
 )
 CHECK_WORDS = (
     "compute-sanitizer (memcheck) found nothing in either attention kernel or in planning at odd shapes (1 to 700 tokens, empty "
-    "clusters, padding, text). Of 487 GPU tests of ops and of sparse steps 482 ended in the time there was, eight at a time on "
-    "one card: 373 passed, 107 were skipped, **2 failed, and their names were not recorded**; they are to be run again one by "
-    "one. Every kernel that was timed had been held to its reference by itself before."
+    "clusters, padding, text), at the commit before clusters went by logits. The GPU tests of ops and sparse steps at dcabbfa, "
+    "eight at a time: 648, of which 552 passed, 94 were skipped and 2 failed. One was the test's own fault and passes since; "
+    "the other held the gradient of the router's gate to its budget (largest error 2.75e-8, allowed 1.21e-8, where gradients are "
+    "alike and cancel), is mended in the kernel and **has not been run again on a GPU**. Every kernel that was timed had been "
+    "held to its reference by itself before."
 )
 
 
-def steps_by_run(runs: dict[str, list[dict[str, Any]]]) -> Iterable[str]:
+def steps_by_run(runs: Runs) -> Iterable[str]:
     """A table of steps for each run."""
     head = [
         "model",

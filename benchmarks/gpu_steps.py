@@ -6,44 +6,61 @@ from collections.abc import Iterable
 from typing import Any
 
 Row = dict[str, Any]
+Runs = dict[str, list[Row]]
 SPARSE_ARMS = ("default_15", "default_8")
+COMPILED = "+compile"
 
 
-def by_run(rows: Iterable[Row]) -> dict[str, list[Row]]:
+def by_run(rows: Iterable[Row]) -> Runs:
     """Rows by the commit that they were measured at, newest first; ratios are taken inside of one run alone."""
-    runs: dict[str, list[Row]] = {}
+    runs: Runs = {}
     for row in sorted(rows, key=lambda row: row["run"], reverse=True):
         runs.setdefault(row["commit"], []).append(row)
     return {commit: sorted(run, key=lambda row: row["run"]) for commit, run in runs.items()}
 
 
 def arm(run: Iterable[Row], model: str, name: str) -> Row | None:
-    """The row of a model's arm, if it was run."""
-    return next((row for row in run if (row["model"], row["arm"]) == (model, name)), None)
+    """The row of a model's arm, if its usual steps were run."""
+    return next((row for row in run if (row["model"], row["arm"]) == (model, name) and usual(row)), None)
 
 
-def usual(row: Row) -> Row:
-    """Steps of the kind that an arm has most of: sparse ones, or else dense ones."""
-    return row["sparse"] or row["dense"]
+def newest(runs: Runs, model: str, *names: str) -> list[Row] | None:
+    """The newest run in which a model has all these arms."""
+    return next((run for run in runs.values() if all(arm(run, model, name) for name in names)), None)
+
+
+def usual(row: Row) -> Row | None:
+    """Steps of the kind that an arm is for, if it came to them: sparse ones, of a dense arm dense ones."""
+    return row["sparse"] if row["first_sparse"] else row["dense"]
+
+
+def p50_ms(row: Row) -> float:
+    """Median of an arm's usual steps, which it has to have."""
+    steps = usual(row)
+    assert steps is not None
+    return steps["p50_ms"]
 
 
 def ratio(run: list[Row], model: str, base: str, name: str) -> float | None:
     """How many times as fast an arm's usual step is as a dense arm's, in one run."""
     slow, fast = arm(run, model, base), arm(run, model, name)
-    return usual(slow)["p50_ms"] / usual(fast)["p50_ms"] if slow and fast else None
+    return p50_ms(slow) / p50_ms(fast) if slow and fast else None
 
 
 def tail(row: Row) -> float | None:
     """Ratio of a step's 99th percentile to its median, from ten steps on."""
     steps = usual(row)
-    return steps["p99_ms"] / steps["p50_ms"] if steps["steps"] >= 10 else None
+    return steps["p99_ms"] / steps["p50_ms"] if steps and steps["steps"] >= 10 else None
 
 
 def step_rows(run: list[Row]) -> Iterable[list[str]]:
     """Rows of the table of steps."""
     for row in run:
         steps, model = usual(row), row["model"]
-        over = (ratio(run, model, base, row["arm"]) for base in ("stock", "best_dense"))
+        if steps is None:
+            continue
+        dense = "best_dense" + (COMPILED if row["arm"].endswith(COMPILED) else "")
+        over = (ratio(run, model, base, row["arm"]) for base in ("stock", dense))
         first = f"{row['first_sparse']['p50_ms']:,.0f}" if row["first_sparse"] else "-"
         spread = tail(row)
         yield [
@@ -58,14 +75,16 @@ def step_rows(run: list[Row]) -> Iterable[list[str]]:
         ]
 
 
-def profile_rows(run: list[Row]) -> Iterable[list[str]]:
-    """What a step's time is spent on; what no stage's clock saw is not attention."""
-    for row in run:
-        stages = usual(row).get("stage_ms_per_step")
-        if stages is None:  # stock has no clocks
+def profile_rows(runs: Runs) -> Iterable[list[str]]:
+    """What a step's time is spent on, each arm's newest; what no stage's clock saw is not attention."""
+    seen = set()
+    for row in (row for run in runs.values() for row in run):
+        steps = usual(row)
+        stages = steps and steps.get("stage_ms_per_step")
+        if steps is None or not stages or (row["model"], row["arm"]) in seen:  # stock has no clocks
             continue
-        step = usual(row)["p50_ms"]
-        attention = sum(stages.values())
+        seen.add((row["model"], row["arm"]))
+        step, attention = steps["p50_ms"], sum(stages.values())
         parts = [stages["plan"], stages["attend"] + stages["dense"], step - attention]
         share = (step - attention) / step
-        yield [row["model"], row["arm"], *(f"{part:,.0f}" for part in parts), f"{share:.0%}"]
+        yield [row["model"], row["arm"], *(f"{part:,.0f}" for part in parts), f"{share:.0%}", row["commit"]]

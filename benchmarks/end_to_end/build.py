@@ -83,14 +83,17 @@ def few_layers(pipe: Pipeline, model: Model, layers: int | None) -> Generator[No
 
 
 @contextmanager
-def compiled_blocks(pipe: Pipeline) -> Generator[None]:
+def compiled_blocks(pipe: Pipeline, model: Model) -> Generator[None]:
     """Compile the transformer's blocks, and take that off again."""
-    pipe.transformer.compile_repeated_blocks(fullgraph=True)
+    # Not by diffusers' compile_repeated_blocks, which does not know the blocks of CogVideoX.
+    blocks = [block for name in model.layers for block in getattr(pipe.transformer, name)]
+    for block in blocks:
+        block.compile(fullgraph=True)
     try:
         yield
     finally:
-        for module in pipe.transformer.modules():
-            module._compiled_call_impl = None
+        for block in blocks:
+            block._compiled_call_impl = None
         # What was compiled refers to hooks that are gone now; kept, it would count against torch's limit of recompilations.
         torch._dynamo.reset()
 

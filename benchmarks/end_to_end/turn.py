@@ -161,7 +161,7 @@ def run_turn(bench: Bench, arm: Arm, kinds: tuple[Kind, ...]) -> Turn:
     with ExitStack() as stack:
         handle = _install(stack, bench, arm, kinds)
         if arm.compiled:
-            stack.enter_context(compiled_blocks(bench.pipe))
+            stack.enter_context(compiled_blocks(bench.pipe, bench.model))
             # Compiled code is tied to the hooks of this turn, and perhaps to the layer: all layers warm up, in every turn.
             _run(bench, _Watch(tuple(dict.fromkeys(kinds)), handle, bench))
             if handle is not None:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import pytest
 from benchmarks.gpu_page import ROOT, calls, drawn, read
-from benchmarks.gpu_steps import by_run, ratio, tail
-from benchmarks.gpu_targets import target_rows
+from benchmarks.gpu_steps import by_run, newest, ratio, step_rows, tail
+from benchmarks.gpu_targets import _steps, target_rows
 
 
 def step(arm, p50_ms, commit, run, steps=10):
     taken = {"p50_ms": p50_ms, "p99_ms": 1.02 * p50_ms, "steps": steps}
     sparse = arm.startswith("default")
     kinds = {"sparse": taken if sparse else None, "dense": None if sparse else taken}
-    return {"model": "wan-14b", "arm": arm, "commit": commit, "run": run, **kinds}
+    kinds["first_sparse"] = taken if sparse else None
+    return {"model": "wan-14b", "arm": arm, "commit": commit, "run": run, "peak_gib": 30.0, **kinds}
 
 
 def test_the_page_in_the_documents_is_what_the_rows_say():
@@ -33,7 +34,41 @@ def test_a_tail_of_a_handful_of_steps_is_not_quoted():
     assert tail(step("default_15", 6.0, "new", "2026-02")) == pytest.approx(1.02)
 
 
+def test_a_sparse_arm_that_never_came_to_a_sparse_step_counts_nowhere():
+    stopped = step("default_15", 6.0, "new", "2026-02") | {"sparse": None}
+    runs = by_run([step("best_dense", 12.0, "new", "2026-02"), stopped | {"dense": stopped["first_sparse"]}])
+    assert newest(runs, "wan-14b", "best_dense") is not None
+    assert newest(runs, "wan-14b", "default_15") is None
+    assert ratio(runs["new"], "wan-14b", "best_dense", "default_15") is None
+
+
+def test_the_newest_run_that_has_all_arms_of_a_model_is_taken():
+    older = [step(arm, 9.0, "old", "2026-01") for arm in ("best_dense", "default_15")]
+    runs = by_run([*older, step("best_dense", 12.0, "new", "2026-02")])
+    assert newest(runs, "wan-14b", "best_dense") is runs["new"]
+    assert newest(runs, "wan-14b", "best_dense", "default_15") is runs["old"]
+
+
+def test_compiled_steps_are_held_against_compiled_dense_ones():
+    run = [step("best_dense", 12.0, "new", "1"), step("best_dense+compile", 10.0, "new", "1")]
+    run.append(step("default_15", 5.0, "new", "1") | {"arm": "default_15+compile"})
+    (line,) = (row for row in step_rows(run) if row[1] == "default_15+compile")
+    assert line[5] == "2.00"
+
+
 def test_every_target_has_a_verdict_and_one_without_a_run_claims_nothing():
-    lines = list(target_rows(calls("attention.jsonl"), by_run(read("end_to_end.jsonl"))))
-    assert all(met in ("yes", "**no**", "at 8 %", "-") for *_, met in lines)
-    assert all((measured == "not run") == (met == "-") for *_, measured, met in lines)
+    steps, compiled = by_run(read("end_to_end.jsonl")), by_run(read("compiled.jsonl"))
+    lines = list(target_rows(calls("attention.jsonl"), steps, compiled))
+    assert all(met in ("yes", "compiled", "**no**", "at 8 %", "-") for *_, met in lines)
+    for *_, measured, of_compiled, met in lines:
+        assert ({measured, of_compiled} <= {"not run", "-"}) == (met == "-")
+
+
+def test_a_target_that_only_compiled_steps_reach_says_so():
+    rows = [step("best_dense", 12.0, "new", "1"), step("default_15", 8.0, "new", "1")]
+    fast = [
+        step(arm, p50_ms, "new", "1") | {"arm": f"{arm}+compile"}
+        for arm, p50_ms in (("best_dense", 10.0), ("default_15", 4.0))
+    ]
+    lines = list(_steps(by_run(rows), by_run(fast)))
+    assert ["step over best dense, 15 %", "wan-14b", "≥ 1.9×", "1.50×", "2.50×", "compiled"] in lines
