@@ -36,7 +36,7 @@ def main() -> None:
     }
     for number, keep in KEYS:
         name = ("keys", f"{number} and {keep:.0%}")
-        methods[name] = AdaCluster(budget=Tokens(keep), key_clusters=number, max_key_clusters=number)
+        methods[name] = AdaCluster(budget=Tokens(keep), key_clusters=number)
     rows = []
     with safe_open(str(options.captured), framework="pt") as captured:
         names = captured.keys()

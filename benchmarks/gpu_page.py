@@ -177,7 +177,10 @@ RIVALS = {"plain": "adamac {}%", "flex": "flex blocks {}%", "flash-attn-4": "fla
 TARGET_WORDS = (
     "flash-attn-4, which the targets are over, is 1.18 to 1.35 times as fast as cuDNN in this run. *Blocks compiled* is compiled "
     "sparse over compiled dense, and over stock diffusers as it comes, which is not compiled. One step of twenty at Wan2.1-1.3B, "
-    "8 %, took a third longer than the others, while a training run had most of the host's cores. Where sparse attention "
+    "8 %, took a third longer than the others, while a training run had most of the host's cores. *About*: over a stock step "
+    "from another machine of the kind. Single calls but CogVideoX-2B's, and at 6efe91a the uncompiled steps of CogVideoX-2B and of "
+    "Wan2.1-1.3B at 8 %, were measured with the default before, clusters by tokens with stages; all else by logits "
+    "([decision](decisions/logit-metric.md)). Where sparse attention "
     "cannot win calls stay dense ([below](#from-how-much-work-on-sparse-attention-pays))."
 )
 CALL_WORDS = (
@@ -199,7 +202,7 @@ LIMIT_WORDS = (
 )
 STEP_WORDS = (
     "What is not attention (linear layers; norms, rotary embeddings and modulation, which run eagerly here) is 48 to 76 % of a "
-    "sparse step and as long as in a dense one. Compiling takes 1.4 s of 11.4 off a step of Wan2.1-14B, dense or sparse, 0.24 s of "
+    "sparse step of ours and as long as in a dense one. Compiling takes 1.4 s of 11.4 off a step of Wan2.1-14B, dense or sparse, 0.24 s of "
     "1.17 at Wan2.1-1.3B and 1.8 s of 20.4 at HunyuanVideo's 129 frames, so a sparse step gains most, and every target of a "
     "compiled step is met. Not run compiled: 193 frames for want of time, and CogVideoX-2B, where this benchmark asked diffusers' "
     "`compile_repeated_blocks`, which does not know that model's blocks (mended; `enable(compile=True)` compiles them by itself). "

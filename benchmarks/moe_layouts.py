@@ -41,6 +41,8 @@ def run(options: argparse.Namespace) -> None:
     rows: list[dict[str, Any]] = []
     for expert_ranks in options.expert_ranks:
         world = World.join(options.device, expert_ranks)
+        if world.size < 2:
+            raise ValueError("one rank has nothing to share: run it under torchrun with two ranks or more")
         for pieces in options.pieces:
             recipe = _recipe(options, world, pieces)
             found = [
@@ -142,7 +144,10 @@ def main() -> None:
     parser.add_argument("--expert-ranks", type=int, nargs="+", default=[1])
     parser.add_argument("--steps", type=int, default=8, help="timed steps of a round")
     parser.add_argument("--rounds", type=int, default=2)
-    run(parser.parse_args())
+    try:
+        run(parser.parse_args())
+    except ValueError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def test_outlier_groups_get_clusters_of_their_own():
     query, key = with_outliers()
     plan = METHOD(query, key)
     assert plan.keys.num_clusters > METHOD.key_clusters
-    stop = replace(METHOD, outlier_factor=math.inf)(query, key)
+    stop = replace(METHOD, max_key_clusters=None, outlier_factor=math.inf)(query, key)
     assert stop.keys.num_clusters == METHOD.key_clusters
     worst, worst_stop = (distances(key, each.keys.labels, each.keys.means).amax() for each in (plan, stop))
     assert worst < worst_stop / 5
@@ -74,7 +74,7 @@ def test_the_number_of_clusters_is_kept_over_the_steps():
 
 def test_a_warm_step_refines_the_former_clusters_once():
     query, key, _ = attention_like(1, 2, 400, 32)
-    method = replace(METHOD, outlier_factor=math.inf)
+    method = replace(METHOD, max_key_clusters=None, outlier_factor=math.inf)
     warm = method(query, key, previous=method(query, key))
     longer = replace(method, first_iterations=4)(query, key)
     assert torch.equal(warm.keys.labels, longer.keys.labels)
@@ -134,6 +134,8 @@ def test_the_papers_settings_are_those_it_prints():
             r"max_key_clusters \(7\) must not be below key_clusters \(8\)",
         ),
         ({"hard_layers": "skip"}, r'AdaCluster\.hard_layers must be "sparse" or "dense", got \'skip\''),
+        ({"max_key_clusters": 40}, r"give a finite one \(the paper's is 1\.5\), or leave these two out"),
+        ({"hard_layers": "dense"}, r"give a finite one \(the paper's is 1\.5\), or leave these two out"),
         ({"metric": "cosine"}, r'AdaCluster\.metric must be "logits" or "tokens", got \'cosine\''),
         ({"outlier_factor": 0.0}, r"AdaCluster\.outlier_factor must be positive, got 0\.0"),
         ({"outlier_factor": math.nan}, r"AdaCluster\.outlier_factor must be positive, got nan"),
@@ -156,7 +158,7 @@ def test_what_the_other_side_does_not_see_splits_no_cluster(side, warm):
         return getattr(plan, side).labels
 
     # Angles see the length of what is compared, so queries are clustered by distance here.
-    by_logits = replace(METHOD, outlier_factor=math.inf, angular=False)
+    by_logits = replace(METHOD, max_key_clusters=None, outlier_factor=math.inf, angular=False)
     by_tokens = replace(by_logits, metric="tokens")
     before = [labels(method) for method in (by_logits, by_tokens)]
     unseen[..., 0] = 40 * torch.randn(1, 2, 400)

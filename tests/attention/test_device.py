@@ -26,6 +26,18 @@ def tensors():
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_a_first_step_never_waits_for_the_device_once_there_was_one_like_it(tensors, layout):
+    METHOD(*tensors[:2], layout=layout)  # compiles, and brings the random numbers of its seed
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        plan = METHOD(*tensors[:2], layout=layout)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    plan.check()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 @pytest.mark.parametrize("budget", [Tokens(0.2), TopK(0.25), TopP(0.8)], ids=["tokens", "top-k", "top-p"])
 def test_a_later_step_never_waits_for_the_device(tensors, layout, budget):
     method = replace(METHOD, budget=budget)
@@ -94,7 +106,7 @@ def test_other_numbers_of_clusters_compile_nothing(tensors):
     from adamac.ops.segment import triton as segment
 
     jitted = (kernels.attend_kernel, kernels.list_kernel, kernels.pack_kernel, hopper_kernels.attend_kernel)
-    jitted += (fill._fill, kmeans._nearest, segment._moments)
+    jitted += (fill._fill, kmeans._nearest, kmeans._directions, segment._moments)
 
     def compiled() -> int:
         return sum(len(cache[0]) for kernel in jitted for cache in kernel.device_caches.values())

@@ -7,11 +7,12 @@ import sys
 
 import pytest
 
+from adamac.testing import run_ranks
 from benchmarks import moe_layouts
 
 
-def test_a_rehearsal_writes_a_row_for_each_layout(tmp_path, monkeypatch, capsys):
-    out = tmp_path / "rows.jsonl"
+def rehearse(rank, out):
+    """One rank of the command as torchrun would start it."""
     options = [
         "--tiny",
         "--device",
@@ -25,12 +26,29 @@ def test_a_rehearsal_writes_a_row_for_each_layout(tmp_path, monkeypatch, capsys)
         "--out",
         str(out),
     ]
-    monkeypatch.setattr(sys, "argv", ["moe_layouts", *options])
+    sys.argv = ["moe_layouts", *options]
+    moe_layouts.World.leave = lambda world: None  # the group is the test's
     moe_layouts.main()
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [row["layout"] for row in rows] == ["replicated", "sharded"]
-    assert all(row["pieces"] == 2 and row["p50_ms"] > 0 and row["torch"] for row in rows)
-    assert "layout sharded" in capsys.readouterr().out
+
+
+def test_a_rehearsal_writes_a_row_for_each_layout(tmp_path):
+    out = tmp_path / "rows.jsonl"
+    run_ranks(rehearse, 2, out)
+    replicated, sharded = (json.loads(line) for line in out.read_text().splitlines())
+    assert [row["layout"] for row in (replicated, sharded)] == ["replicated", "sharded"]
+    assert sharded["parameters"] == replicated["parameters"]
+    assert sharded["parameters_held"] < 0.6 * replicated["parameters_held"]
+    assert all(row["pieces"] == 2 and row["p50_ms"] > 0 and row["torch"] for row in (replicated, sharded))
+
+
+def test_one_rank_has_nothing_to_compare(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        sys, "argv", ["moe_layouts", "--tiny", "--device", "cpu", "--out", str(tmp_path / "x")]
+    )
+    with pytest.raises(SystemExit) as refusal:
+        moe_layouts.main()
+    assert refusal.value.code == 2
+    assert "run it under torchrun with two ranks or more" in capsys.readouterr().err
 
 
 def test_layouts_that_learn_differently_are_not_timed():

@@ -28,7 +28,7 @@ from adamac.integrations.diffusers import handle as handle_module
 from adamac.integrations.diffusers.padding import TextLengths, common_length
 
 ALWAYS = Schedule(first=0, min_tokens=1)
-SMALL = AdaCluster(query_clusters=8, key_clusters=16, max_key_clusters=64, outlier_factor=float("inf"))
+SMALL = AdaCluster(query_clusters=8, key_clusters=16)
 FAMILIES = {
     "wan": (wan_pipe, run_wan, 2 * 2),  # pipeline, run, self-attention calls a step (layers x branches)
     "hunyuan": (hunyuan_pipe, run_hunyuan, 2),
@@ -664,6 +664,19 @@ def test_under_autocast_attention_runs_in_its_dtype():
             ours = run_cogvideox(pipe)
     assert handle.report().calls > 0
     assert error(ours, stock) < 0.05
+
+
+def test_autocast_does_not_reach_into_a_plan():
+    seen = []
+
+    def method(query, key, **options):
+        seen.append((query.dtype, torch.is_autocast_enabled("cpu")))
+        return SMALL(query, key, **options)
+
+    pipe = cogvideox_pipe()
+    with torch.autocast("cpu", torch.bfloat16), enable(pipe, method, ALWAYS):
+        run_cogvideox(pipe)
+    assert set(seen) == {(torch.bfloat16, False)}
 
 
 def test_modules_are_of_their_own_class_again_when_disabled():

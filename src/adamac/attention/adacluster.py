@@ -8,9 +8,9 @@ stage by stage, until none is left. A layer that would need too many is left den
 centroids and refine them once. Each query cluster then reads its best-scoring key clusters, with each row's own query.
 
 Beyond the paper. Distances are measured by logits: how differently the queries of the head see two keys, and its keys two
-queries. All key clusters are made at once: stages are there for who asks for them. What a row skips is *compensated*: a skipped cluster enters the softmax through its mean key and mean
-value. The budget can be given in tokens, so that all rows cost the same. Scores other than the paper's are at hand. The
-paper's own settings are :meth:`AdaCluster.paper`.
+queries. All key clusters are made at once: stages are there for who asks for them. What a row skips is *compensated*: a
+skipped cluster enters the softmax through its mean key and mean value. The budget can be given in tokens, so that all rows
+cost the same. Scores other than the paper's are at hand. The paper's own settings are :meth:`AdaCluster.paper`.
 
 The paper leaves open: how many clusters k-means starts from, how many each further stage adds, its K, and what becomes of
 text. Here: ``key_clusters``; two for each that the outliers would have by their share of the tokens, at least 16; ``budget``;
@@ -102,6 +102,13 @@ class AdaCluster:
             raise ValueError(f'AdaCluster.hard_layers must be "sparse" or "dense", got {self.hard_layers!r}')
         if self.metric not in ("logits", "tokens"):
             raise ValueError(f'AdaCluster.metric must be "logits" or "tokens", got {self.metric!r}')
+        if math.isinf(self.outlier_factor) and (
+            self.max_key_clusters is not None or self.hard_layers == "dense"
+        ):
+            raise ValueError(
+                "AdaCluster.max_key_clusters and hard_layers are about stages for outliers, of which there are none with "
+                "an infinite outlier_factor; give a finite one (the paper's is 1.5), or leave these two out"
+            )
         if not self.outlier_factor > 0:
             raise ValueError(f"AdaCluster.outlier_factor must be positive, got {self.outlier_factor}")
         check_score(self.score)

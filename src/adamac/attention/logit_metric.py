@@ -19,8 +19,11 @@ from torch import Tensor
 
 from adamac.ops.precision import accurate
 
-# Tokens that a matrix is estimated from at least, if there are so many: 32 for each coordinate of a head of 128.
+# About how many tokens a matrix is estimated from: 32 for each coordinate of a head of 128. Where the steps near have a
+# common factor with the video's length it can be half as many.
 _SAMPLES = 4096
+# A single product of so long a sum would keep a GPU's multiprocessors waiting for one of them.
+_PIECES = 8
 
 
 def form_of_keys(query: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -34,22 +37,22 @@ def form_of_keys(query: Tensor, valid: Tensor | None = None) -> Tensor:
         ``[batch, heads, head_dim, head_dim]`` in the precision of plans, with a trace of 1, so that a product with it is no
         longer than what it is a product of; zeros if the queries are.
     """
-    sample, weight = _sampled(query, valid)
-    return _products(sample if weight is None else sample * weight)
+    sample, there = _sampled(query, valid)
+    return _products(sample if there is None else sample.masked_fill(~there, 0))
 
 
 def form_of_queries(key: Tensor, valid: Tensor | None = None) -> Tensor:
     """Give the form under which queries are clustered: the covariance of the keys; see :func:`form_of_keys`."""
-    sample, weight = _sampled(key, valid)
-    precise = accurate(sample)
-    if weight is None:
-        return _products((precise - precise.mean(-2, keepdim=True)).to(sample.dtype))
-    mean = (precise * weight).sum(-2, keepdim=True) / weight.sum(-2, keepdim=True).clamp_min(1)
-    return _products(((precise - mean) * weight).to(sample.dtype))
+    sample, there = _sampled(key, valid)
+    if there is None:
+        return _products(sample - sample.mean(-2, keepdim=True))
+    count = there.sum(-2, keepdim=True).clamp_min(1)
+    mean = sample.masked_fill(~there, 0).sum(-2, keepdim=True) / count
+    return _products((sample - mean).masked_fill(~there, 0))
 
 
 def _sampled(tokens: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Some tokens, ``[batch, heads, samples, head_dim]``, and 1 or 0 for each, or ``None`` if none is padding.
+    """Some tokens, ``[batch, heads, samples, head_dim]``, and whether each is none of padding; ``None`` if all are.
 
     Every so many in raster order, a number without a common factor with the video's, lest it meet few of its columns.
     """
@@ -57,14 +60,15 @@ def _sampled(tokens: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor | Non
     step = max(1, count // _SAMPLES)
     while math.gcd(step, count) > 1:
         step += 1
-    # On a GPU products of bfloat16 are quick and good enough for a form; float16 could not hold their sums.
-    sample = tokens[..., ::step, :]
-    sample = sample.bfloat16() if sample.device.type == "cuda" else accurate(sample)
-    return sample, None if valid is None else valid[..., ::step, None].to(sample.dtype)
+    return accurate(tokens[..., ::step, :]), None if valid is None else valid[..., ::step, None]
 
 
 def _products(sample: Tensor) -> Tensor:
     """Sum of the products of every sample with itself, scaled to a trace of 1."""
-    form = accurate(sample.transpose(-1, -2) @ sample)
+    pieces = _PIECES if sample.device.type == "cuda" and sample.shape[-2] >= _PIECES else 1
+    whole = sample.shape[-2] // pieces * pieces
+    sample = sample[..., :whole, :].unflatten(-2, (pieces, -1))
+    with torch.autocast(sample.device.type, enabled=False):  # float16 could not hold the sums
+        form = (sample.transpose(-1, -2) @ sample).sum(-3)
     trace = form.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
     return form / trace.clamp_min(torch.finfo(form.dtype).tiny)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from adamac.attention.cluster import check_counts, cluster_tokens, refine, usable, video_parts
 from adamac.attention.layout import Layout, check_attention_inputs
-from adamac.attention.plan import Plan
+from adamac.attention.plan import Clusters, Plan
 from adamac.attention.select import Budget, TopP, score_clusters
 
 
@@ -51,20 +51,8 @@ class SVG2:
         previous = usable(previous, query, layout)
         video_query, video_key = video_parts(query, key, layout)
         if previous is None:
-            queries, keys = (
-                cluster_tokens(
-                    tokens,
-                    clusters,
-                    layout,
-                    iterations=self.first_iterations,
-                    metric="euclidean",
-                    seed=self.seed,
-                )
-                for tokens, clusters in (
-                    (video_query, self.query_clusters),
-                    (video_key, self.key_clusters),
-                )
-            )
+            queries = self._fresh(video_query, self.query_clusters, layout)
+            keys = self._fresh(video_key, self.key_clusters, layout)
         else:
             start_queries, start_keys = previous.centroids()
             queries = refine(
@@ -75,3 +63,8 @@ class SVG2:
         reads = self.budget.reads(score, keys.counts)
         most = self.budget.most(layout.video_tokens)
         return Plan(layout, queries, keys, reads, compensate=self.compensate, most=most, keep="centroids")
+
+    def _fresh(self, tokens: Tensor, number: int, layout: Layout) -> Clusters:
+        return cluster_tokens(
+            tokens, number, layout, iterations=self.first_iterations, metric="euclidean", seed=self.seed
+        )

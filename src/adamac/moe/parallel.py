@@ -14,6 +14,7 @@ themselves take ``group=expert_group(mesh)`` when they are built.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -74,9 +75,16 @@ def shard(
 
     Returns:
         The model.
+
+    Raises:
+        ValueError: If both ``expert_dtype`` and ``mp_policy`` are given.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    if expert_dtype is not None and "mp_policy" in options:
+        raise ValueError(
+            "expert_dtype is a policy of precision for the experts: give it or mp_policy, not both"
+        )
     everyone = init_device_mesh(mesh.device_type, (mesh.size(),), mesh_dim_names=("all",))
     # A column of one rank has nothing to shard, and FSDP2 would not divide there: its experts stay as they are.
     whole: set[nn.Parameter] = set()
@@ -147,13 +155,16 @@ def clip_gradients(model: nn.Module, mesh: DeviceMesh | None, max_norm: float) -
                 holders = mesh["data"].size() if is_expert else mesh.size()
             by_holders.setdefault(holders, []).append(gradient)
     for holders, gradients in by_holders.items():
-        total += torch.stack(torch._foreach_norm(gradients)).double().square().sum() / holders
+        # float16 could not hold the norms.
+        precision = functools.reduce(torch.promote_types, (each.dtype for each in gradients), torch.float32)
+        norms = torch._foreach_norm(gradients, 2, dtype=precision)
+        total += torch.stack(norms).double().square().sum() / holders
     if mesh is not None:
         dist.all_reduce(total)
     norm = total.sqrt()
     scale = (max_norm / (norm + 1e-6)).clamp(max=1)
     for gradients in by_holders.values():
-        torch._foreach_mul_(gradients, scale.to(gradients[0].dtype))
+        torch._foreach_mul_(gradients, scale)
     return norm
 
 

@@ -85,9 +85,25 @@ class Site:
         scale: float | None,
     ) -> Tensor:
         """Attend for this module, given what its rank holds of the sequence."""
-        if torch.is_autocast_enabled(query.device.type):  # the call is taken before autocast would see it
-            dtype = torch.get_autocast_dtype(query.device.type)
+        device = query.device.type
+        if torch.is_autocast_enabled(device):  # the call is taken before autocast would see it
+            dtype = torch.get_autocast_dtype(device)
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+            with torch.autocast(device, enabled=False):  # plans choose their own precision
+                return self._exchanged(video_tokens, text_tokens, query, key, value, mask, scale)
+        return self._exchanged(video_tokens, text_tokens, query, key, value, mask, scale)
+
+    def _exchanged(
+        self,
+        video_tokens: int,
+        text_tokens: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scale: float | None,
+    ) -> Tensor:
+        """Attend to whole sequences of this rank's heads, which other ranks hold parts of, or to what is given."""
         if self.exchange is None:
             return self._attend(video_tokens, text_tokens, query, key, value, mask, scale)
         heads = query.shape[1]

@@ -15,6 +15,7 @@ Distances are held for a slice of the points at a time, never for all of them.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -102,10 +103,10 @@ def _directions(centroids: Tensor, metric: Metric, form: Tensor | None) -> tuple
     size = (directions * centroids).sum(-1)
     if metric == "euclidean":
         return directions, size.mul_(-0.5)
-    least = torch.finfo(size.dtype).tiny
-    return directions * size.clamp_min(least).rsqrt().unsqueeze(
-        -1
-    ), None  # the point's own length changes no order
+    # A centroid that the form hardly sees has a size of nothing but rounding.
+    least = 1e-6 * directions.norm(dim=-1) * centroids.norm(dim=-1) + torch.finfo(size.dtype).tiny
+    scale = torch.maximum(size, least).rsqrt()  # the point's own length changes no order
+    return directions * scale.unsqueeze(-1), None
 
 
 def kmeans(
@@ -179,9 +180,7 @@ def spread_tokens(points: Tensor, clusters: int, seed: int, include: Tensor | No
         ``[batch, heads, clusters, dim]``.
     """
     batch, heads, tokens, dim = points.shape
-    generator = torch.Generator().manual_seed(seed)
-    jitter = torch.rand(clusters, generator=generator, device="cpu").to(points.device)
-    share = (torch.arange(clusters, device=points.device) + jitter) / clusters
+    share = (torch.arange(clusters, device=points.device) + _jitter(clusters, seed, points.device)) / clusters
     if include is None:
         index = (share * tokens).long().clamp_max(tokens - 1).expand(batch, heads, clusters)
     else:
@@ -191,6 +190,13 @@ def spread_tokens(points: Tensor, clusters: int, seed: int, include: Tensor | No
         wanted = ((share * running[..., -1:]).long() + 1).clamp_max(running[..., -1:])
         index = torch.searchsorted(running, wanted).clamp_max(tokens - 1)
     return torch.gather(points, 2, index.unsqueeze(-1).expand(-1, -1, -1, dim))
+
+
+@functools.lru_cache(maxsize=64)
+def _jitter(clusters: int, seed: int, device: torch.device) -> Tensor:
+    """Random numbers that are the same on any device. Kept, because bringing them to a GPU makes the host wait for it."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(clusters, generator=generator, device="cpu").to(device)
 
 
 def _iterate(

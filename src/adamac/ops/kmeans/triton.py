@@ -199,7 +199,9 @@ def _directions(
             direction += tl.dot(part, weighed, input_precision="ieee")
     offset = tl.zeros([ROWS], tl.float32)
     if COSINE:  # the point's own length changes no order
-        direction *= 1 / tl.sqrt(tl.maximum(tl.sum(direction * c, 1), 1e-37))[:, None]
+        # A centroid that the form hardly sees has a size of nothing but rounding.
+        least = 1e-6 * tl.sqrt(tl.sum(direction * direction, 1)) * tl.sqrt(tl.sum(c * c, 1)) + 1e-37
+        direction *= 1 / tl.sqrt(tl.maximum(tl.sum(direction * c, 1), least))[:, None]
     kept = direction.to(rounded.dtype.element_ty)
     if not COSINE:  # argmin (p-c) F (p-c) = argmax p (F c) - c F c / 2
         offset += tl.sum(c * (0.5 * direction - kept.to(tl.float32)), 1)
