@@ -20,6 +20,7 @@ import itertools
 import types
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -85,32 +86,19 @@ class Site:
         scale: float | None,
     ) -> Tensor:
         """Attend for this module, given what its rank holds of the sequence."""
-        device = query.device.type
+        device, plain = query.device.type, nullcontext()
         if torch.is_autocast_enabled(device):  # the call is taken before autocast would see it
             dtype = torch.get_autocast_dtype(device)
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-            with torch.autocast(device, enabled=False):  # plans choose their own precision
-                return self._exchanged(video_tokens, text_tokens, query, key, value, mask, scale)
-        return self._exchanged(video_tokens, text_tokens, query, key, value, mask, scale)
-
-    def _exchanged(
-        self,
-        video_tokens: int,
-        text_tokens: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        scale: float | None,
-    ) -> Tensor:
-        """Attend to whole sequences of this rank's heads, which other ranks hold parts of, or to what is given."""
-        if self.exchange is None:
-            return self._attend(video_tokens, text_tokens, query, key, value, mask, scale)
-        heads = query.shape[1]
-        query, key, value = self.exchange.to_heads(query, key, value, text_tokens)
-        whole = query.shape[2] - text_tokens
-        attended = self._attend(whole, text_tokens, query, key, value, mask, scale)
-        return self.exchange.to_tokens(attended, heads, text_tokens)
+            plain = torch.autocast(device, enabled=False)  # plans choose their own precision
+        with plain:
+            if self.exchange is None:
+                return self._attend(video_tokens, text_tokens, query, key, value, mask, scale)
+            heads = query.shape[1]
+            query, key, value = self.exchange.to_heads(query, key, value, text_tokens)
+            whole = query.shape[2] - text_tokens
+            attended = self._attend(whole, text_tokens, query, key, value, mask, scale)
+            return self.exchange.to_tokens(attended, heads, text_tokens)
 
     def bypassed(self, problem: str) -> None:
         """Take down that this module attended past us.
