@@ -189,11 +189,11 @@ CALL_WORDS = (
     "at HunyuanVideo's 129 frames, 17 % at Wan2.1-1.3B and 25 % at CogVideoX-2B (counted on tensors drawn alike, "
     "`cpu/row_waste.jsonl`), and it reads a mean for every cluster that is skipped, 1 to 2 % of the keys. The clustering kernels "
     "take two thirds of the time that they took in the run before. CogVideoX-2B is the one shape here whose clusters went by "
-    "logits ([decision](decisions/logit-metric.md)); that cost it 0.4 ms a call, in products too small to fill the card. Since "
-    "then directions are one kernel, and forms came from the matrix units in the compiled steps below and are float32 products in "
-    "pieces now; no row of a single call shows it yet. Next to try are "
+    "logits ([decision](decisions/logit-metric.md)); planning takes 1.22 ms there, with products too small to fill the card, where "
+    "it took 1.05 by tokens with the older kernels. Since then directions are one kernel, and forms came from the matrix units in "
+    "the compiled steps below and are float32 products in pieces now; no row of a single call shows it yet. Next to try are "
     "tiles that waste fewer rows. Blocks of tokens sorted by cluster, for flash-attn-4's block-sparse kernel, would not help: "
-    "for the same error they have to read 1.4 times as much ([log](log.md)). What does help is to ask for less: by logits "
+    "for the same error they have to read 1.6 times as much ([log](log.md)). What does help is to ask for less: by logits "
     "8 % errs less than 15 % did before ([results](results.md))."
 )
 LIMIT_WORDS = (

@@ -53,7 +53,7 @@ class AdaCluster:
     Attributes:
         query_clusters: Clusters of the queries of each head; ``None`` means the root of the number of video tokens (66 at
             4,368 tokens, 275 at 75,600).
-        key_clusters: Clusters that the keys of each head start with, before stages for outliers; ``None`` means 4 times
+        key_clusters: Clusters of the keys of each head, before stages for outliers if there are any; ``None`` means 4 times
             the root (264 and 1,100): every row reads every centroid, so twice the tokens should not get twice as many.
         max_key_clusters: The most that stages may bring the keys of a head to; ``None`` means 1.5 times ``key_clusters``.
         hard_layers: What becomes of a layer that would need more: ``"dense"`` leaves it dense for the whole video, as
@@ -202,25 +202,32 @@ class AdaCluster:
         return form_of_queries(key, valid), form_of_keys(query, valid)
 
     def _first_keys(self, key: Tensor, layout: Layout, form: Tensor | None) -> Clusters | str:
-        """Cluster keys in stages until no key is far from its centroid; a string says why the layer stays dense.
+        """Cluster keys at once, or in stages; a string says why the layer stays dense."""
+        start = min(self.key_clusters or round(4 * key.shape[2] ** 0.5), key.shape[2])
+        if not math.isinf(self.outlier_factor):
+            return self._staged_keys(key, layout, form, start)
+        return cluster_tokens(
+            key,
+            start,
+            layout,
+            iterations=self.first_iterations,
+            metric="euclidean",
+            seed=self.seed,
+            form=form,
+        )
+
+    def _staged_keys(self, key: Tensor, layout: Layout, form: Tensor | None, start: int) -> Clusters | str:
+        """Cluster keys in stages until none is far from its centroid.
 
         The count is the layer's: all its heads and samples get as many clusters as the neediest head, some empty, on
         whatever rank the head is. This is the only place that reads a value back from the device, once a video.
         """
         valid = layout.video_valid()
         tokens = key.shape[2]
-        start = min(self.key_clusters or round(4 * tokens**0.5), tokens)
         most_allowed = self.max_key_clusters or start + start // 2
-        stage = kmeans(
-            key,
-            spread_tokens(key, start, self.seed, valid),
-            iterations=self.first_iterations,
-            include=valid,
-            form=form,
-        )
+        seeds = spread_tokens(key, start, self.seed, valid)
+        stage = kmeans(key, seeds, iterations=self.first_iterations, include=valid, form=form)
         centroids = stage.centroids
-        if math.isinf(self.outlier_factor):
-            return as_clusters(key, stage, "euclidean")
         far = distances(key, stage.members.labels, stage.centroids, form)
         members = (stage.members.labels >= 0).sum()
         sums = total(torch.stack([far.sum(dtype=torch.float64), members.double()]), layout.ranks)
