@@ -3,10 +3,12 @@
 # A part that fails or runs out of time leaves its rows in OUT and does not stop the next. The seconds below were enough on one H100.
 #   tests=90       the GPU tests of attention's kernels, names of failures printed
 #   sanitize=120   compute-sanitizer's memcheck over the same kernels at small shapes
-#   attention=230  one call at 15 and 8 %, all shapes, all rivals    densities=150  the same at 30 and 5 %
+#   attention=230  one call at 15 and 8 %, all shapes, all rivals, also with 6 root-N key clusters    densities=150  the same at 30 and 5 %
 #   cog=60 wan1=130 wan14=200 hunyuan=240 hunyuan193=290            denoising steps of real transformers, random weights
 #   rivals=70                                                       the same for the paper's settings and SVG2's, Wan2.1-1.3B
-#   cogc=90 wan1c=110 wan14c=215 hunyuanc=250                        the same compiled, over stock diffusers as it comes
+#   wan14rivals=140 hunyuanrivals=150                               on the large models, one or two steps each
+#   cogc=90 wan1c=110 wan14c=215 hunyuanc=250 hunyuan193c=270        the same compiled, over stock diffusers as it comes
+#   crossover=70                                                    from how much work on sparse attention pays
 #   stock193=115                                                    a step of stock diffusers at HunyuanVideo's 193 frames
 # A rehearsal without a GPU: EXTRA=--tiny SHAPES=tiny bash benchmarks/gpu.sh out/rehearsal attention wan14
 set -u
@@ -30,18 +32,22 @@ for each in "$@"; do
     tests) run="python3 -m pytest -q -rf --tb=short -n ${WORKERS:-8} -p no:cacheprovider tests/ops tests/attention/test_device.py" ;;
     sanitize) export PYTORCH_NO_CUDA_MEMORY_CACHING=1
       run="compute-sanitizer --tool memcheck python3 -m pytest -q -x -p no:cacheprovider tests/ops/test_cluster_attention.py -k bits" ;;
-    attention) run='for s in ${SHAPES:-wan-14b hunyuan-129f hunyuan-193f wan-1.3b cogvideox-2b}; do bench --shapes $s --densities 0.15 0.08 --rounds 3; done' ;;
+    attention) run='for s in ${SHAPES:-wan-14b hunyuan-129f hunyuan-193f wan-1.3b cogvideox-2b}; do bench --shapes $s --densities 0.15 0.08 --key-roots 6 --rounds 3; done' ;;
     densities) run='for s in ${SHAPES:-wan-14b hunyuan-129f cogvideox-2b}; do bench --shapes $s --densities 0.3 0.05 --rounds 2; done' ;;
     cog) run="steps end_to_end --models cogvideox-2b --arms stock best_dense default_15 default_8 --rounds 2 --dense-steps 5 --sparse-steps 15" ;;
     cogc) run="steps compiled --models cogvideox-2b $COMPILED --rounds 1 --dense-steps 5 --sparse-steps 15" ;;
     wan1) run="steps end_to_end --models wan-1.3b --arms stock best_dense default_15 default_8 --rounds 2 --dense-steps 5 --sparse-steps 20" ;;
     rivals) run="steps end_to_end --models wan-1.3b --arms best_dense default_15 paper svg2 --rounds 1 --dense-steps 3 --sparse-steps 5" ;;
+    wan14rivals) run="steps end_to_end --models wan-14b --arms best_dense paper svg2 $QUICK --dense-steps 1 --sparse-steps 2" ;;
+    hunyuanrivals) run="steps end_to_end --models hunyuan-129f --arms best_dense default_15 svg2 $QUICK --dense-steps 1 --sparse-steps 2" ;;
     wan1c) run="steps compiled --models wan-1.3b $COMPILED --rounds 1 --dense-steps 5 --sparse-steps 10" ;;
     wan14) run="steps end_to_end --models wan-14b --arms best_dense default_15 default_8 stock paper $QUICK --dense-steps 3 --sparse-steps 4" ;;
     wan14c) run="steps compiled --models wan-14b $COMPILED $QUICK --dense-steps 2 --sparse-steps 4" ;;
     hunyuanc) run="steps compiled --models hunyuan-129f $COMPILED $QUICK --dense-steps 1 --sparse-steps 3" ;;
+    hunyuan193c) run="steps compiled --models hunyuan-193f --arms default_15+compile default_8+compile best_dense+compile stock $QUICK --dense-steps 1 --sparse-steps 2" ;;
     hunyuan) run="steps end_to_end --models hunyuan-129f --arms default_15 default_8 best_dense stock paper --rounds 1 --first-steps 0 --dense-steps 1 --sparse-steps 3" ;;
     hunyuan193) run="steps end_to_end --models hunyuan-193f --arms default_8 default_15 best_dense stock --rounds 1 --first-steps 0 --dense-steps 1 --sparse-steps 3" ;;
+    crossover) run='python3 benchmarks/crossover.py --out "$OUT/crossover.jsonl"' ;;
     stock193) run="steps end_to_end --models hunyuan-193f --arms stock $QUICK --dense-steps 1" ;;
     *) echo "no part $part" >&2; exit 2 ;;
   esac

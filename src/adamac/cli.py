@@ -116,6 +116,7 @@ class Bench:
         what: The operation.
         shapes: tiny, cogvideox-2b, wan-1.3b, wan-14b, hunyuan-129f, hunyuan-193f.
         densities: Shares of the keys that each row reads; each is timed with and without compensation.
+        key_roots: Further numbers of key clusters, as multiples of the root of the number of tokens; the default has 4.
         heads: Fewer heads than the model has, where memory or time is short.
         rounds: Timed rounds, in which all contenders take turns.
         device: "auto", "cpu", "cuda" or "cuda:1".
@@ -126,6 +127,7 @@ class Bench:
     what: Positional[Literal["attention"]]
     shapes: tuple[str, ...] = ("tiny",)
     densities: tuple[float, ...] = (0.3, 0.15, 0.08, 0.05)
+    key_roots: tuple[float, ...] = ()
     heads: int | None = None
     rounds: int = 5
     device: str = "auto"
@@ -234,6 +236,7 @@ def bench(options: Bench, console: Console) -> int:
             device=device,
             dtype=getattr(torch, name),
             out=options.out,
+            key_roots=options.key_roots,
         )
     )
     console.print(table(rows))

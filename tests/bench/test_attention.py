@@ -72,6 +72,8 @@ def test_the_command_writes_rows_with_machine_and_shape(tmp_path, capsys):
         "attention",
         "--densities",
         "0.2",
+        "--key-roots",
+        "6",
         "--rounds",
         "1",
         "--device",
@@ -81,6 +83,8 @@ def test_the_command_writes_rows_with_machine_and_shape(tmp_path, capsys):
     ]
     assert cli.main(arguments) == 0
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert {"adamac 20% compensated", "adamac 20%"} <= {row["arm"] for row in rows}
+    clusters = {row["arm"]: row.get("k_clusters") for row in rows}
+    assert clusters["adamac 20% compensated"] == clusters["adamac 20%"] == 4 * 32
+    assert clusters["adamac 20% compensated, keys 6 root N"] == 6 * 32
     assert all(row["shape"] == "tiny" and row["all_heads"] and row["torch"] for row in rows)
     assert "one self-attention call" in capsys.readouterr().out

@@ -54,20 +54,26 @@ class Sparse:
         density: Share of the video keys that each row reads exactly.
         compensate: Whether the rest enters through cluster means.
         impl: How the plan is carried out.
+        key_roots: Key clusters, as a multiple of the root of the number of video tokens; ``None`` is what the method has.
     """
 
     density: float
     compensate: bool
     impl: Impl = "auto"
+    key_roots: float | None = None
 
     @property
     def name(self) -> str:
         """A name for rows."""
-        return f"adamac {self.density:.0%}{' compensated' if self.compensate else ''}"
+        keys = "" if self.key_roots is None else f", keys {self.key_roots:g} root N"
+        return f"adamac {self.density:.0%}{' compensated' if self.compensate else ''}{keys}"
 
-    def method(self, base: AdaCluster) -> AdaCluster:
-        """The method with this contender's budget."""
-        return replace(base, budget=Tokens(self.density), compensate=self.compensate)
+    def method(self, base: AdaCluster, shape: Shape) -> AdaCluster:
+        """The method with this contender's budget and clusters."""
+        method = replace(base, budget=Tokens(self.density), compensate=self.compensate)
+        if self.key_roots is None:
+            return method
+        return replace(method, key_clusters=round(self.key_roots * shape.video**0.5))
 
 
 def compare(
@@ -100,9 +106,16 @@ def compare(
             dense = dense_names(query, key, value)
         for name in dense:
             times.take(name, _dense(query, key, value, name))
-        former = method(drift(query, 0.1, number), drift(key, 0.1, number + 1), layout=shape.layout()).kept()
+        before = drift(query, 0.1, number), drift(key, 0.1, number + 1)
+        kept = {
+            roots: Sparse(0.15, True, key_roots=roots)
+            .method(method, shape)(*before, layout=shape.layout())
+            .kept()
+            for roots in {None, *(each.key_roots for each in contenders)}
+        }
         for each in contenders:
-            plan_call = _plan(each.method(method), query, key, shape, former)
+            former = kept[each.key_roots]
+            plan_call = _plan(each.method(method, shape), query, key, shape, former)
             plan = times.take(f"{each.name}, plan", plan_call)
             if number == 0:
                 check(query, key, value, plan, shape, each.impl)
@@ -112,7 +125,7 @@ def compare(
             if number == 0:
                 facts[each.name] = facts_of(each, plan, query, whole)
         if number == 0:
-            others = rivals(shape, query, key, value, former, {each.density for each in contenders})
+            others = rivals(shape, query, key, value, kept[None], {each.density for each in contenders})
             yield from (
                 {"arm": name, "refused": call} for name, call in others.items() if isinstance(call, str)
             )

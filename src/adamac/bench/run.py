@@ -27,6 +27,7 @@ def bench_attention(
     device: str,
     dtype: torch.dtype,
     out: Path | None,
+    key_roots: tuple[float, ...] = (),
 ) -> Iterator[dict[str, Any]]:
     """Time attention, dense and sparse, at shapes of real models.
 
@@ -38,19 +39,24 @@ def bench_attention(
         device: Where.
         dtype: Of query, key and value.
         out: A file that rows are appended to, each as soon as its shape is done.
+        key_roots: Further numbers of key clusters that compensated calls are timed with, as multiples of the root of the
+            number of video tokens.
 
     Yields:
         Rows, with the machine, versions and commit they were measured on.
 
     Raises:
-        BadInput: If a shape is unknown or a density is out of range.
+        BadInput: If a shape is unknown, or a density or a number of key clusters is out of range.
     """
     unknown = [name for name in shapes if name not in SHAPES]
     if unknown:
         raise BadInput(f"unknown shape {unknown[0]!r}; known are {', '.join(SHAPES)}")
     if bad := [density for density in densities if not 0 < density <= 1]:
         raise BadInput(f"a density must be over 0 and at most 1, got {bad[0]}")
+    if bad := [roots for roots in key_roots if not 0 < roots <= 100]:
+        raise BadInput(f"key roots must be over 0 and at most 100 (the default has 4), got {bad[0]}")
     contenders = [Sparse(density, compensate) for density in densities for compensate in (True, False)]
+    contenders += [Sparse(density, True, key_roots=roots) for density in densities for roots in key_roots]
     stamp = machine_stamp(device)
     for name in shapes:
         shape = SHAPES[name] if heads is None else replace(SHAPES[name], heads=heads)
