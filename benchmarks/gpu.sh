@@ -7,7 +7,7 @@
 #   cog=60 wan1=130 wan14=200 hunyuan=240 hunyuan193=290            denoising steps of real transformers, random weights
 #   rivals=70                                                       the same for the paper's settings and SVG2's, Wan2.1-1.3B
 #   wan14rivals=140 hunyuanrivals=150                               on the large models, one or two steps each
-#   cogc=90 wan1c=110 wan14c=215 hunyuanc=250 hunyuan193c=270        the same compiled, over stock diffusers as it comes
+#   cogc=90 wan1c=110 wan14c=215 hunyuanc=250 hunyuan193c=430        the same compiled, over stock diffusers as it comes
 #   crossover=70                                                    from how much work on sparse attention pays
 #   stock193=115                                                    a step of stock diffusers at HunyuanVideo's 193 frames
 # A rehearsal without a GPU: EXTRA=--tiny SHAPES=tiny bash benchmarks/gpu.sh out/rehearsal attention wan14
