@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
@@ -25,6 +26,7 @@ from adamac.cli_moe_bench import MoeBench, moe_bench
 if TYPE_CHECKING:
     from adamac.moe.lm.corpus import Corpus
     from adamac.moe.lm.recipe import Recipe
+    from adamac.moe.lm.sending import Sending
     from adamac.moe.lm.train import Result, Row
 
 SAMPLE_TOKENS = 60
@@ -64,6 +66,8 @@ class MoeTrain:
         log_every: Steps between rows.
         seed: Of weights and order.
         expert_ranks: Among how many ranks the experts are divided.
+        machine: File that adamac advise moe --measure --out wrote on as many ranks: how rows are sent to divided experts is
+            then what it predicts to be fastest, in place of what sends the fewest bytes. A resumed run goes on as it began.
         layout: "replicated": what is no expert's is on every rank, whole. "sharded": every rank has a share of everything, and
             of gradients and moments; slower, for models that would not fit. A run may go on with the other.
         device: "auto", "cpu", "cuda" or "cuda:1".
@@ -97,6 +101,7 @@ class MoeTrain:
     log_every: int = 1
     seed: int = 0
     expert_ranks: int = 1
+    machine: Path | None = None
     layout: Literal["replicated", "sharded"] = "replicated"
     device: str = "auto"
     threads: int = 1
@@ -170,6 +175,7 @@ def moe_train(options: MoeTrain, console: Console) -> int:
     """Train, then say what was reached and show a sample."""
     import torch
 
+    from adamac.moe.cost.machine import Machine
     from adamac.moe.lm.learner import Diverged
     from adamac.moe.lm.train import train
     from adamac.moe.lm.world import Left, World
@@ -181,6 +187,9 @@ def moe_train(options: MoeTrain, console: Console) -> int:
     world = World.join(options.device, options.expert_ranks)
     console = console if world.first else Console(quiet=True)
     try:
+        machine = (
+            None if options.machine is None else world.from_first(partial(Machine.load, options.machine))
+        )
         with _Watching(console) as watching:
             result = train(
                 recipe,
@@ -189,6 +198,7 @@ def moe_train(options: MoeTrain, console: Console) -> int:
                 world=world,
                 watcher=watching,
                 layout=options.layout,
+                machine=machine,
             )
     except (Diverged, Left) as error:
         who = "adamac" if world.first else f"adamac: rank {world.rank}"
@@ -261,7 +271,9 @@ class _Watching:
     def __exit__(self, *error: Any) -> None:
         self._bar.stop()
 
-    def begins(self, recipe: Recipe, corpus: Corpus, parameters: int, done: int) -> None:
+    def begins(
+        self, recipe: Recipe, corpus: Corpus, parameters: int, done: int, sending: Sending | None
+    ) -> None:
         """Say what will be trained on what."""
         self._steps, self._first, self._began = recipe.steps, done, time.monotonic()
         self._bar.update(self._task, total=recipe.steps, completed=done, now="")
@@ -271,6 +283,8 @@ class _Watching:
             f"{corpus.vocab} tokens in the vocabulary"
         )
         self._say(f"{recipe.preset}: {parameters / 1e6:.1f} million parameters, {recipe.steps} steps")
+        if sending is not None:
+            self._say(f"rows are sent to {sending.ranks} ranks by {sending.dispatcher}: {sending.reason}")
         if done:
             self._say(f"{done} steps were done already")
 

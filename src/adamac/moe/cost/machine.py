@@ -19,6 +19,9 @@ RowsImpl = Literal["torch", "triton"]
 COLLECTIVES: tuple[Kind, ...] = ("all_to_all", "all_gather", "reduce_scatter")
 PRODUCTS: tuple[Kind, ...] = ("dense", "grouped", "gate")
 
+# What is said of a file that cannot be one.
+_WRITTEN = "expected what adamac advise moe --measure --out FILE writes"
+
 # What is assumed where nothing is said: a data-centre GPU of the Hopper generation in bfloat16 within one node.
 FLOPS_PER_S = 650e12
 BYTES_PER_S = 3.6e12
@@ -76,6 +79,12 @@ class Machine:
             raise ValueError(f"a machine has a cost for each of {', '.join(KINDS)}; this one {wrong}")
         if self.rows not in get_args(RowsImpl):
             raise ValueError(f"rows must be one of {', '.join(get_args(RowsImpl))}; got {self.rows!r}")
+        for name, value in (("itemsize", self.itemsize), ("ranks", 1 if self.ranks is None else self.ranks)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number, at least 1; got {value!r}")
+        for name, value in (("whole", self.whole), *self.least_ms.items(), *self.least_both_ms.items()):
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be a number, at least 0; got {value!r}")
 
     def cost(self, kind: Kind) -> Cost:
         """The constants of an operation.
@@ -135,11 +144,14 @@ class Machine:
             ValueError: If the file is no machine.
             OSError: If it cannot be read.
         """
-        text = path.read_text(encoding="utf-8")
         try:
-            return cls.from_json(json.loads(text))
+            return cls.from_json(json.loads(path.read_text(encoding="utf-8")))
+        except OSError as error:
+            raise type(error)(
+                f"cannot read {path}: {(error.strerror or str(error)).lower()}; {_WRITTEN}"
+            ) from error
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{path} is no machine file: {error}") from error
+            raise ValueError(f"{path} is no machine file: {_problem(error)}; {_WRITTEN}") from error
 
     @classmethod
     def from_json(cls, entries: Mapping[str, Any]) -> Machine:
@@ -219,6 +231,12 @@ def machine_of(
     latency = LATENCY_MS if latency_ms is None else latency_ms
     machine = Machine("given constants" if "given" in (rate, moved) else "assumed constants", costs, itemsize)
     return replace(machine, rows=rows).linked(link, latency, source(link_bytes_per_s))
+
+
+def _problem(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
+        return "it is no JSON"
+    return f"it has no {error.args[0]}" if isinstance(error, KeyError) else str(error)
 
 
 def _to_json(cost: Cost) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from adamac.moe.dispatch.all_gather import AllGather
 from adamac.moe.dispatch.all_to_all import AllToAll
-from adamac.moe.dispatch.choose import DISPATCHERS, TOKENS, Choice, cheapest, choose
+from adamac.moe.dispatch.choose import DISPATCHERS, TOKENS, Choice, cheapest, choose, resolve
 from adamac.moe.dispatch.common import Dispatcher, Meter, NotFiniteError, Sent
 from adamac.moe.dispatch.local import Local
 from adamac.moe.dispatch.per_rank import PerRank
@@ -44,4 +44,5 @@ __all__ = [
     "Sent",
     "cheapest",
     "choose",
+    "resolve",
 ]

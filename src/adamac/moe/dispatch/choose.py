@@ -76,21 +76,36 @@ def choose(
         raise ValueError(f'dispatcher "local" sends nothing, but the group has {ranks} ranks; use "auto"')
     if group is None and name in DISPATCHERS:
         raise ValueError(f'dispatcher "{name}" needs a group of ranks; pass group, or use "auto"')
-    if machine is not None and not isinstance(machine, Machine):
-        raise ValueError(f"machine must be a Machine, as Machine.load reads it from a file; got {machine!r}")
-    if not isinstance(tokens, int) or tokens < 1:
-        raise ValueError(f"tokens must be a whole number, at least 1; got {tokens!r}")
+    _check(machine, tokens)
     if name != "auto" and machine is not None:
         raise ValueError(f'a machine is what "auto" goes by; leave it out, or dispatcher "{name}"')
     if name in DISPATCHERS and group is not None:
         return Choice(DISPATCHERS[name](group), "asked for by name")
     if group is None or ranks == 1:
         return Choice(Local(), "all experts are on this rank")
-    if machine is None:
-        found, reason = _by_bytes(config, ranks, tokens)
+    if machine is None:  # then all compute the same from the same numbers
+        found, reason = resolve(config, ranks, tokens=tokens)
     else:
-        found, reason = _agreed(lambda: _by_time(config, ranks, tokens, machine), group)
+        found, reason = _agreed(lambda: resolve(config, ranks, machine=machine, tokens=tokens), group)
     return Choice(DISPATCHERS[found](group), reason)
+
+
+def resolve(
+    config: MoEConfig, ranks: int, *, machine: Machine | None = None, tokens: int = TOKENS
+) -> tuple[str, str]:
+    """Name what ``"auto"`` is on several ranks, and say why; makes nothing and asks no other rank.
+
+    Args:
+        config: The layer.
+        ranks: Over which its experts are spread; at least 2.
+        machine: What it goes by; ``None``: bytes.
+        tokens: On each rank.
+
+    Raises:
+        ValueError: If the experts cannot be spread, the machine is none or lacks a constant, or there are no tokens.
+    """
+    _check(machine, tokens)
+    return _by_bytes(config, ranks, tokens) if machine is None else _by_time(config, ranks, tokens, machine)
 
 
 def cheapest(config: MoEConfig, ranks: int, tokens: int = TOKENS, itemsize: int = _ITEMSIZE) -> str:
@@ -104,6 +119,13 @@ def cheapest(config: MoEConfig, ranks: int, tokens: int = TOKENS, itemsize: int 
     """
     sent = _bytes(config, ranks, tokens, itemsize)
     return next(name for name, number in sent.items() if number <= _SLACK * min(sent.values()))
+
+
+def _check(machine: Machine | None, tokens: int) -> None:
+    if machine is not None and not isinstance(machine, Machine):
+        raise ValueError(f"machine must be a Machine, as Machine.load reads it from a file; got {machine!r}")
+    if not isinstance(tokens, int) or tokens < 1:
+        raise ValueError(f"tokens must be a whole number, at least 1; got {tokens!r}")
 
 
 def _bytes(config: MoEConfig, ranks: int, tokens: int, itemsize: int) -> dict[str, float]:

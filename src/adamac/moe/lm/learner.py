@@ -23,6 +23,7 @@ from adamac.moe.lm.corpus import Order
 from adamac.moe.lm.layout import LayoutName, lay_out
 from adamac.moe.lm.model import GPT, GPTConfig
 from adamac.moe.lm.recipe import Recipe
+from adamac.moe.lm.sending import Sending
 from adamac.moe.lm.world import World
 from adamac.moe.parallel import clip_gradients, local
 
@@ -65,6 +66,7 @@ class Learner:
         dtype: torch.dtype = torch.float32,
         amp: bool = False,
         layout: LayoutName = "replicated",
+        sending: Sending | None = None,
     ) -> None:
         """Build and initialise model and optimizer.
 
@@ -75,6 +77,7 @@ class Learner:
             dtype: Of weights and moments.
             amp: Compute in bfloat16 where that is safe.
             layout: How parameters lie on the ranks; one rank has them all.
+            sending: What sends rows to experts, the same in every layer; ``None``: what each layer takes by itself.
 
         Raises:
             ValueError: If the batch cannot be shared by the ranks, or there is no such layout.
@@ -82,7 +85,8 @@ class Learner:
         self.recipe, self.world, self.amp = recipe, world, amp
         self.micro_batch, self.pieces = shares(recipe, world.size)
         torch.manual_seed(recipe.seed)
-        self.model = GPT(config, group=world.experts).to(world.device, dtype)
+        self.sending = sending
+        self.model = _model(config, sending, world).to(world.device, dtype)
         self.layout = lay_out(layout, self.model, world, amp=amp)
         self.held = {name: local(value.detach()) for name, value in self.layout.parameters.items()}
         self.optimizer = _adamw(self.held.values(), recipe, world.device)
@@ -255,6 +259,15 @@ def shares(recipe: Recipe, ranks: int) -> tuple[int, int]:
     if share % micro_batch:
         raise ValueError(f"micro_batch must divide a rank's {share} windows of a batch, got {micro_batch}")
     return micro_batch, share // micro_batch
+
+
+def _model(config: GPTConfig, sending: Sending | None, world: World) -> GPT:
+    if sending is None:
+        return GPT(config, group=world.experts)
+    model = GPT(config, dispatcher=sending.dispatcher, group=world.experts)
+    for moe in model.moes:  # which know the name alone
+        moe.dispatcher_reason = sending.reason
+    return model
 
 
 def _adamw(parameters: Any, recipe: Recipe, device: torch.device) -> torch.optim.AdamW:

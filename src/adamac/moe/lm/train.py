@@ -8,8 +8,8 @@ A step reads the same windows however many ranks share them. Up to rounding, its
 nothing is measured on a part of a batch: balancing by a bias or not at all, and no capacity. A balance loss and a capacity are of
 the tokens that a rank computes at once; with these it is the same for the same ``micro_batch``, if that divides every rank's share.
 
-A run is a folder: ``run.json`` (the recipe), ``tokenizer.json``, ``data/`` (the prepared corpus, unless a prepared one was
-given), ``rows.jsonl`` (a JSON object a step) and ``checkpoints/``.
+A run is a folder: ``run.json`` (the recipe, and how rows are sent), ``tokenizer.json``, ``data/`` (the prepared corpus, unless a
+prepared one was given), ``rows.jsonl`` (a JSON object a step) and ``checkpoints/``.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ from typing import Any, Protocol
 import torch
 
 from adamac._version import __version__
+from adamac.moe.cost.machine import Machine
 from adamac.moe.lm import checkpoint
 from adamac.moe.lm.corpus import Corpus, Order, is_corpus, prepare, unigram_bits_per_byte
 from adamac.moe.lm.evaluate import bits_per_byte, predicted
 from adamac.moe.lm.layout import LayoutName
 from adamac.moe.lm.learner import Diverged, Learner, Update, shares
-from adamac.moe.lm.model import GPTConfig
 from adamac.moe.lm.recipe import Recipe
+from adamac.moe.lm.sending import Sending, choose_sending
 from adamac.moe.lm.text import text_files
 from adamac.moe.lm.world import Left, World
 from adamac.moe.weights import force
@@ -67,8 +68,10 @@ class Row:
 class Watcher(Protocol):
     """Is told how a run goes on."""
 
-    def begins(self, recipe: Recipe, corpus: Corpus, parameters: int, done: int) -> None:
-        """Training begins; some steps may be done already."""
+    def begins(
+        self, recipe: Recipe, corpus: Corpus, parameters: int, done: int, sending: Sending | None
+    ) -> None:
+        """Training begins; some steps may be done already. Rows are sent to experts so, or not at all."""
 
     def stepped(self, row: Row) -> None:
         """A step is done."""
@@ -77,7 +80,9 @@ class Watcher(Protocol):
 class Silent:
     """A watcher that says nothing."""
 
-    def begins(self, recipe: Recipe, corpus: Corpus, parameters: int, done: int) -> None:
+    def begins(
+        self, recipe: Recipe, corpus: Corpus, parameters: int, done: int, sending: Sending | None
+    ) -> None:
         """Say nothing."""
 
     def stepped(self, row: Row) -> None:
@@ -113,6 +118,7 @@ def train(
     dtype: torch.dtype = torch.float32,
     amp: bool | None = None,
     layout: LayoutName = "replicated",
+    machine: Machine | None = None,
 ) -> Result:
     """Train a model, or go on training it.
 
@@ -126,12 +132,16 @@ def train(
         amp: Compute in bfloat16 where that is safe; ``None``: on a GPU.
         layout: Whether every rank has all of what is no expert's, "replicated", or a share of everything, "sharded". A run
             may go on with the other.
+        machine: Constants that the dispatcher is chosen by, the same for every layer, where experts are divided among ranks;
+            the first rank's count. ``None``: the one that a resumed run had on as many ranks or, if there is none, the
+            simplest of those that send the fewest bytes.
 
     Returns:
         What was reached; the same on all ranks.
 
     Raises:
-        ValueError: If the recipe cannot be computed, or the directory holds something else.
+        ValueError: If the recipe cannot be computed, the directory holds something else, or the machine does not fit the
+            ranks or would change the dispatcher of a run that goes on.
         OSError: If something cannot be written.
         Diverged: If a loss is not finite. The last checkpoint is still there.
         Left: If another rank raised one of these, or is gone.
@@ -140,31 +150,45 @@ def train(
     with world.listening():
         amp = world.device.type == "cuda" if amp is None else amp
         learns = partial(Learner, recipe, world=world, dtype=dtype, amp=amp, layout=layout)
-        run = _begin(recipe, directory, resume, world, learns)
+        run = _begin(recipe, directory, resume, machine, world, learns)
         return run.finish(watcher if watcher is not None and world.first else Silent())
 
 
 def _begin(
-    recipe: Recipe, directory: Path, resume: bool, world: World, learns: Callable[[GPTConfig], Learner]
+    recipe: Recipe,
+    directory: Path,
+    resume: bool,
+    machine: Machine | None,
+    world: World,
+    learns: Callable[..., Learner],
 ) -> _Run:
     """Make everything ready, from the newest checkpoint if there is one."""
-    shares(recipe, world.size)
+    tokens = shares(recipe, world.size)[0] * recipe.context
     with world.together():  # all have looked before the first writes
         _look(recipe)
         absent = [folder for folder in (directory, *directory.parents) if not folder.exists()]
         begun = _is_begun(directory, recipe, resume)
+    sending = world.from_first(
+        lambda: choose_sending(
+            recipe, world.expert_ranks, tokens, machine, _sendings(directory) if begun else ()
+        )
+    )
     try:
-        corpus = _corpus(recipe, directory, begun, world)
+        corpus = _corpus(recipe, directory, begun, sending, world)
         with world.together():
             order = Order(corpus.train_tokens, recipe.context, recipe.seed)
             # Too little to be evaluated is refused now rather than after many steps.
             predicted(corpus, recipe.context, recipe.eval_tokens)
-            learner = learns(recipe.model(corpus.vocab))
+            learner = learns(recipe.model(corpus.vocab), sending=sending)
     except (ValueError, OSError, Left):
         if world.first and not begun:  # what could not begin leaves nothing behind
             shutil.rmtree(absent[-1] if absent else directory, ignore_errors=True)
         raise
-    return _Run(recipe, directory, corpus, order, learner)
+    run = _Run(recipe, directory, corpus, order, learner)
+    with world.together():
+        if world.first:
+            _keep(directory, sending)
+    return run
 
 
 class _Run:
@@ -182,7 +206,7 @@ class _Run:
     def finish(self, watcher: Watcher) -> Result:
         """Take all steps that are left."""
         recipe = self.recipe
-        watcher.begins(recipe, self.corpus, self.learner.parameters, self.step)
+        watcher.begins(recipe, self.corpus, self.learner.parameters, self.step, self.learner.sending)
         began = time.monotonic() - self.time_s
         reached = None
         while self.step < recipe.steps:
@@ -306,11 +330,31 @@ def _is_begun(directory: Path, recipe: Recipe, resume: bool) -> bool:
     return begun
 
 
-def _claim(directory: Path, recipe: Recipe) -> None:
+def _claim(directory: Path, recipe: Recipe, sending: Sending | None) -> None:
     """Make a directory this run's."""
     directory.mkdir(parents=True, exist_ok=True)
     about = {"adamac": __version__, "torch": torch.__version__, "recipe": recipe.to_dict()}
+    about["dispatchers"] = [] if sending is None else [asdict(sending)]
     _write_text(directory / "run.json", json.dumps(about, indent=2) + "\n")
+
+
+def _sendings(directory: Path) -> list[Sending]:
+    """How a run sent rows to experts so far, on each number of ranks and tokens; nothing of a run that never did."""
+    file = directory / "run.json"
+    kept = checkpoint.read_json(file).get("dispatchers", [])
+    try:
+        return [Sending.from_dict(values) for values in kept]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file} is damaged: {error}") from None
+
+
+def _keep(directory: Path, sending: Sending | None) -> None:
+    """Add to a run how it sends rows now, if it never did so before."""
+    kept = _sendings(directory)
+    if sending is not None and sending not in kept:
+        about = checkpoint.read_json(directory / "run.json")
+        about["dispatchers"] = [asdict(each) for each in (*kept, sending)]
+        _write_text(directory / "run.json", json.dumps(about, indent=2) + "\n")
 
 
 def _state(file: Path) -> tuple[int, float]:
@@ -336,7 +380,7 @@ def _look(recipe: Recipe) -> None:
         text_files(given)
 
 
-def _corpus(recipe: Recipe, directory: Path, begun: bool, world: World) -> Corpus:
+def _corpus(recipe: Recipe, directory: Path, begun: bool, sending: Sending | None, world: World) -> Corpus:
     """Make the directory a run's, and open the prepared corpus that was given or made before, or make it; on the first rank."""
     folder = directory / "data"
     given = [Path(path) for path in recipe.data]
@@ -344,7 +388,7 @@ def _corpus(recipe: Recipe, directory: Path, begun: bool, world: World) -> Corpu
         folder = given[0]
     with world.together():
         if world.first and not begun:
-            _claim(directory, recipe)
+            _claim(directory, recipe, sending)
         if world.first and folder == directory / "data" and not is_corpus(folder):
             prepare(folder, given, vocab=recipe.vocab, separator=recipe.separator, held_out=recipe.held_out)
     with world.together():

@@ -10,10 +10,11 @@ checkpoint may take longer than NCCL waits for a collective.
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,7 @@ from adamac.moe.parallel import expert_group, expert_mesh
 
 PATIENCE = timedelta(days=7)
 """How long a rank waits for what others do together with it; one that is gone is noticed at once."""
+Found = TypeVar("Found")
 
 
 class Left(RuntimeError):
@@ -117,6 +119,22 @@ class World:
         for rank, word in enumerate(said):
             if word is not None:
                 raise Left(f"rank {rank} stopped: {word}")
+
+    def from_first(self, find: Callable[[], Found]) -> Found:
+        """What the first rank finds without collectives, on all ranks.
+
+        Raises:
+            ValueError: On the first rank, if finding it did.
+            OSError: Likewise.
+            Left: Then, on the others.
+        """
+        said: list[Any] = [None]
+        with self.together():
+            if self.first:
+                said = [find()]
+        if self.control is not None:
+            dist.broadcast_object_list(said, src=0, group=self.control)
+        return said[0]
 
     @contextmanager
     def listening(self) -> Generator[None]:
