@@ -284,7 +284,9 @@ class _Watching:
         )
         self._say(f"{recipe.preset}: {parameters / 1e6:.1f} million parameters, {recipe.steps} steps")
         if sending is not None:
-            self._say(f"rows are sent to {sending.ranks} ranks by {sending.dispatcher}: {sending.reason}")
+            self._say(
+                f"rows are sent to experts on {sending.ranks} ranks by {sending.dispatcher}: {sending.reason}"
+            )
         if done:
             self._say(f"{done} steps were done already")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from adamac.advise import Cost, Machine, machine_of
@@ -16,12 +18,40 @@ def test_a_machine_survives_a_file(tmp_path):
     assert Machine.load(tmp_path / "new" / "machine.json") == whole
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"costs": {}, "name": "x"}', '{"costs": {"dense": 3}}'])
-def test_a_file_that_is_no_machine_is_refused(tmp_path, text):
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("", "it is no JSON"),
+        ("\udcff", "it is no JSON"),
+        ("[]", "it has no costs"),
+        ("{}", "it has no costs"),
+        ('{"costs": {}, "name": "x"}', "this one lacks dense"),
+        ('{"costs": {"dense": 3}}', "not iterable"),
+    ],
+)
+def test_a_file_that_is_no_machine_is_refused(tmp_path, text, problem):
     path = tmp_path / "machine.json"
-    path.write_text(text)
+    path.write_text(text, errors="surrogateescape")
+    with pytest.raises(ValueError, match=rf"is no machine file: .*{problem}.*; expected what adamac advise"):
+        Machine.load(path)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"itemsize": "two"}, {"itemsize": None}, {"ranks": 0}, {"whole": -1}, {"least_ms": {"local": "x"}}],
+)
+def test_a_file_whose_numbers_are_none_is_refused(tmp_path, wrong):
+    path = tmp_path / "machine.json"
+    path.write_text(json.dumps(machine_of().to_json() | wrong))
     with pytest.raises(ValueError, match="is no machine file"):
         Machine.load(path)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=r"cannot read .*nowhere\.json: no such file.*; expected what"
+    ):
+        Machine.load(tmp_path / "nowhere.json")
 
 
 def test_what_nobody_gave_is_assumed_and_said_to_be():

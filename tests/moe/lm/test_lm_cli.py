@@ -8,6 +8,7 @@ import pytest
 
 from adamac import cli
 from adamac.cli_moe import MoeTrain, _recipe
+from adamac.moe.cost import machine_of
 from adamac.moe.lm.recipe import Recipe
 
 TINY = [
@@ -106,6 +107,13 @@ def test_options_are_the_recipes_with_the_same_defaults():
         (["train", "--change", "hidden=32"], "the experts are for hidden 32, the model has 128"),
         (["train", "--top-k", "99"], "top_k is 99"),
         (["train", "--experts", "5", "--expert-ranks", "2"], "expert_ranks must divide the 1 ranks"),
+        (["train", "--machine", "nowhere.json"], "cannot read nowhere.json: no such file or directory"),
+        (["train", "--machine", "full"], "cannot read full: is a directory; expected what adamac advise moe"),
+        (
+            ["train", "--machine", "few.txt"],
+            "few.txt is no machine file: it is no JSON; expected what adamac",
+        ),
+        (["train", "--machine", "node.json"], "--machine is for experts that are divided among ranks"),
         (["train", "--threads", "0"], "threads must be at least 1"),
         (["train", "--steps", "0"], "steps must be at least 1"),
         (["train", "--vocab", "9", "--data", "few.txt"], "vocab must be at least 257"),
@@ -122,6 +130,7 @@ def test_bad_input_is_one_line_and_exit_code_2_and_changes_nothing(
     for folder in ("empty", "full"):
         (tmp_path / folder).mkdir()
     (tmp_path / "full" / "thesis.md").write_text("years of work")
+    machine_of().save(tmp_path / "node.json")
     (tmp_path / "few.txt").write_text("one document")
     (tmp_path / "torn.txt.xz").write_bytes(b"\xfd7zXZ")
     before = sorted(tmp_path.rglob("*"))
