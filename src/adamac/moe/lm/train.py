@@ -71,7 +71,7 @@ class Watcher(Protocol):
     def begins(
         self, recipe: Recipe, corpus: Corpus, parameters: int, done: int, sending: Sending | None
     ) -> None:
-        """Training begins; some steps may be done already. Rows are sent to experts so, or not at all."""
+        """Training begins; some steps may be done already. ``sending`` is how rows get to experts, ``None`` if all are here."""
 
     def stepped(self, row: Row) -> None:
         """A step is done."""
