@@ -197,10 +197,18 @@ def _gradient(
             given = _through_normalising(given, score)
         wanted += given
     if SOFTMAX:
-        found = score * (wanted - tl.sum(wanted * score, 1)[:, None])
+        apart = _apart(wanted, score)
+        found = score * (apart - tl.sum(apart * score, 1)[:, None])
     else:  # not 1 - score, of which nothing but rounding is left where the score is nearly 1
         found = score * _scores(-x, inside, SOFTMAX) * wanted
     tl.store(out + place, found, mask=there[:, None] & inside)
+
+
+@triton.jit
+def _apart(wanted, score):
+    """Less that of the largest score, which is most of the mean that is taken away next: rounding would be what is left."""
+    best = score == tl.max(score, 1)[:, None]
+    return wanted - tl.max(tl.where(best, wanted, float("-inf")), 1)[:, None]
 
 
 @triton.jit
@@ -208,7 +216,6 @@ def _through_normalising(wanted, score):
     """Gradient in scores of what they are once they add up to 1; a sum that was raised to the least is a constant."""
     total = tl.sum(score, 1)[:, None]
     scale = tl.maximum(total, _LEAST_SUM)
-    # Less the largest, of which the mean takes away nearly all where gradients are alike: rounding would be what is left.
-    apart = wanted - tl.max(tl.where(score > 0, wanted, float("-inf")), 1)[:, None]
-    mean = tl.sum(tl.where(score > 0, apart * score, 0.0), 1)[:, None] / scale
+    apart = _apart(wanted, score)
+    mean = tl.sum(apart * score, 1)[:, None] / scale
     return tl.where(total >= _LEAST_SUM, apart - mean, wanted) / scale
