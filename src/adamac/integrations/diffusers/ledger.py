@@ -6,14 +6,17 @@ asked for.
 
 from __future__ import annotations
 
-import time
+from array import array
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from adamac.integrations.diffusers.stopwatch import Stopwatch
 
 
 @dataclass(frozen=True)
@@ -105,10 +108,38 @@ class Report:
 _VIDEOS = 32
 
 
+@dataclass(frozen=True)
+class _Calls:
+    """Calls of one step whose shares have one shape: a row for each.
+
+    Attributes:
+        step: Index of the step.
+        layers: Of each call.
+        counts: Calls by reason (``None`` if sparse) and implementation.
+        density: ``[calls, heads]``, means over samples; ``None`` if the calls were dense.
+        cost: Likewise.
+    """
+
+    step: int
+    layers: array[int]
+    counts: Counter[tuple[str | None, str | None]]
+    density: Tensor | None
+    cost: Tensor | None
+
+    @classmethod
+    def fold(cls, calls: list[Call]) -> _Calls:
+        density, cost = (
+            None if None in shares else torch.stack(shares).mean(1)
+            for shares in ([call.density for call in calls], [call.cost for call in calls])
+        )
+        counts = Counter((call.reason, call.impl) for call in calls)
+        return cls(calls[0].step, array("l", (call.layer for call in calls)), counts, density, cost)
+
+
 @dataclass
 class _Video:
-    calls: list[Call] = field(default_factory=list)
-    times: list[tuple[str, Callable[[], float]]] = field(default_factory=list)
+    calls: list[_Calls] = field(default_factory=list)
+    seconds: Counter[str] = field(default_factory=Counter)
 
 
 class Ledger:
@@ -116,21 +147,27 @@ class Ledger:
 
     def __init__(self) -> None:
         self._videos: deque[_Video] = deque([_Video()], maxlen=_VIDEOS)
+        self._step: list[Call] = []  # calls of the step in progress
+        self._stopwatch = Stopwatch()
         self._state_bytes = 0
 
     def clear(self) -> None:
         """Forget everything."""
+        self._step.clear()
         self._videos.clear()
         self._videos.append(_Video())
         self._state_bytes = 0
 
     def begin_video(self) -> None:
         """Open a new page."""
+        self._close_step()
         self._videos.append(_Video())
 
     def add(self, call: Call) -> None:
         """Take down one call."""
-        self._videos[-1].calls.append(call)
+        if self._step and self._step[0].step != call.step:
+            self._close_step()
+        self._step.append(call)
 
     def held(self, state_bytes: int) -> None:
         """Take down how much the kept plans hold."""
@@ -138,75 +175,76 @@ class Ledger:
 
     def timed(self, stage: str, device: torch.device, run: Callable[[], Any]) -> Any:
         """Run a stage and take down how long it took, without waiting for the device."""
-        times = self._videos[-1].times
-        if device.type == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            stream = torch.cuda.current_stream(device)
-            begin.record(stream)
-            result = run()
-            end.record(stream)
-            times.append((stage, lambda: begin.elapsed_time(end) / 1e3))
-        else:
-            started = time.perf_counter()
-            result = run()
-            elapsed = time.perf_counter() - started
-            times.append((stage, lambda: elapsed))
-        return result
+        return self._stopwatch.time(self._videos[-1].seconds, stage, device, run)
 
     def report(self) -> Report:
         """Read everything back from the device and add it up."""
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-        seconds = {"plan": 0.0, "attend": 0.0, "dense": 0.0}
+        self._close_step()
+        self._stopwatch.read(wait=True)
+        calls = [each for video in self._videos for each in video.calls]
+        seconds: Counter[str] = Counter(dict.fromkeys(("plan", "attend", "dense"), 0.0))
+        counts: Counter[tuple[str | None, str | None]] = Counter()
         for video in self._videos:
-            for stage, elapsed in video.times:
-                seconds[stage] += elapsed()
-        calls = [call for video in self._videos for call in video.calls]
-        density = [_mean(call.density) for call in calls]
-        cost = [_mean(call.cost) for call in calls]
-        reasons = Counter(call.reason for call in calls if call.reason is not None)
-        impl = Counter((call.reason is None, call.impl) for call in calls if call.impl is not None)
+            seconds.update(video.seconds)
+        for each in calls:
+            counts.update(each.counts)
+        reasons, dense_impl, sparse_impl = Counter[str](), Counter[str](), Counter[str]()
+        for (reason, impl), count in counts.items():
+            if reason is not None:
+                reasons[reason] += count
+            if impl is not None:
+                (sparse_impl if reason is None else dense_impl)[impl] += count
         return Report(
-            calls=len(calls),
-            sparse_calls=sum(call.reason is None for call in calls),
+            calls=counts.total(),
+            sparse_calls=counts.total() - reasons.total(),
             dense_calls=dict(reasons),
-            dense_impl={name: count for (sparse, name), count in impl.items() if not sparse},
-            sparse_impl={name: count for (sparse, name), count in impl.items() if sparse},
-            density=_average(density),
-            cost=_average(cost),
-            density_by_step_layer=_by_step_and_layer(calls, density),
+            dense_impl=dict(dense_impl),
+            sparse_impl=dict(sparse_impl),
+            density=_average([share for each in calls for share in _shares(each, each.density)]),
+            cost=_average([share for each in calls for share in _shares(each, each.cost)]),
+            density_by_step_layer=_by_step_and_layer(calls),
             density_by_layer_head=_by_layer_and_head(calls),
-            seconds=seconds,
+            seconds=dict(seconds),
             state_bytes=self._state_bytes,
         )
 
+    def _close_step(self) -> None:
+        """Keep of the step in progress what a report needs: a few objects instead of several for each call."""
+        alike: dict[Any, list[Call]] = {}
+        for call in self._step:
+            alike.setdefault(None if call.density is None else call.density.shape, []).append(call)
+        self._videos[-1].calls += map(_Calls.fold, alike.values())
+        self._step.clear()
+        self._stopwatch.read()
 
-def _by_step_and_layer(calls: list[Call], density: list[float]) -> list[list[float | None]]:
+
+def _shares(calls: _Calls, share: Tensor | None) -> list[float]:
+    """A share of each call, mean over heads; a dense call's is 1."""
+    return [1.0] * len(calls.layers) if share is None else share.mean(1).tolist()
+
+
+def _by_step_and_layer(calls: list[_Calls]) -> list[list[float | None]]:
     cells: dict[tuple[int, int], list[float]] = {}
-    for call, value in zip(calls, density, strict=True):
-        cells.setdefault((call.step, call.layer), []).append(value)
-    steps = 1 + max((call.step for call in calls), default=-1)
-    layers = 1 + max((call.layer for call in calls), default=-1)
+    for each in calls:
+        for layer, value in zip(each.layers, _shares(each, each.density), strict=True):
+            cells.setdefault((each.step, layer), []).append(value)
+    steps, layers = (1 + max((cell[axis] for cell in cells), default=-1) for axis in (0, 1))
     return [
         [_average(cells[step, layer]) if (step, layer) in cells else None for layer in range(layers)]
         for step in range(steps)
     ]
 
 
-def _by_layer_and_head(calls: list[Call]) -> list[list[float] | None]:
+def _by_layer_and_head(calls: list[_Calls]) -> list[list[float] | None]:
     shares: dict[int, list[Tensor]] = {}
-    for call in calls:
-        if call.density is not None:
-            shares.setdefault(call.layer, []).append(call.density.mean(0))
-    layers = 1 + max((call.layer for call in calls), default=-1)
+    for each in calls:
+        for layer, row in zip(each.layers, () if each.density is None else each.density.cpu(), strict=False):
+            shares.setdefault(layer, []).append(row)
+    layers = 1 + max((layer for each in calls for layer in each.layers), default=-1)
     return [
         torch.stack(shares[layer]).mean(0).tolist() if layer in shares else None for layer in range(layers)
     ]
 
 
-def _mean(share: Tensor | None) -> float:
-    return 1.0 if share is None else float(share.mean())
-
-
 def _average(values: list[float]) -> float:
-    return sum(values) / len(values) if values else 1.0
+    return fmean(values) if values else 1.0
