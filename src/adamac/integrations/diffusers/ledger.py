@@ -7,7 +7,7 @@ asked for.
 from __future__ import annotations
 
 from array import array
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from statistics import fmean
@@ -129,7 +129,9 @@ class _Calls:
     @classmethod
     def fold(cls, calls: list[Call]) -> _Calls:
         density, cost = (
-            None if None in shares else torch.stack(shares).mean(1)
+            torch.stack(known).mean(1)
+            if (known := [share for share in shares if share is not None])
+            else None
             for shares in ([call.density for call in calls], [call.cost for call in calls])
         )
         counts = Counter((call.reason, call.impl) for call in calls)
@@ -139,7 +141,7 @@ class _Calls:
 @dataclass
 class _Video:
     calls: list[_Calls] = field(default_factory=list)
-    seconds: Counter[str] = field(default_factory=Counter)
+    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
 
 
 class Ledger:
@@ -182,10 +184,11 @@ class Ledger:
         self._close_step()
         self._stopwatch.read(wait=True)
         calls = [each for video in self._videos for each in video.calls]
-        seconds: Counter[str] = Counter(dict.fromkeys(("plan", "attend", "dense"), 0.0))
+        seconds = dict.fromkeys(("plan", "attend", "dense"), 0.0)
         counts: Counter[tuple[str | None, str | None]] = Counter()
         for video in self._videos:
-            seconds.update(video.seconds)
+            for stage, spent in video.seconds.items():
+                seconds[stage] += spent
         for each in calls:
             counts.update(each.counts)
         reasons, dense_impl, sparse_impl = Counter[str](), Counter[str](), Counter[str]()
@@ -204,7 +207,7 @@ class Ledger:
             cost=_average([share for each in calls for share in _shares(each, each.cost)]),
             density_by_step_layer=_by_step_and_layer(calls),
             density_by_layer_head=_by_layer_and_head(calls),
-            seconds=dict(seconds),
+            seconds=seconds,
             state_bytes=self._state_bytes,
         )
 

@@ -8,7 +8,7 @@ full garbage collection, which stops a step for a quarter of a second where mill
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
+from collections import defaultdict, deque
 from collections.abc import Callable
 from typing import Any
 
@@ -19,10 +19,12 @@ class Stopwatch:
     """Takes the time of stages and adds it to the seconds it is given."""
 
     def __init__(self) -> None:
-        self._running: deque[tuple[Counter[str], str, Any, Any]] = deque()
+        self._running: deque[tuple[defaultdict[str, float], str, Any, Any]] = deque()
         self._spare: list[Any] = []
 
-    def time(self, seconds: Counter[str], stage: str, device: torch.device, run: Callable[[], Any]) -> Any:
+    def time(
+        self, seconds: defaultdict[str, float], stage: str, device: torch.device, run: Callable[[], Any]
+    ) -> Any:
         """Run a stage and return what it returns; ``seconds[stage]`` grows by its time once that is known."""
         if device.type != "cuda":
             started = time.perf_counter()
