@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any
@@ -128,12 +128,7 @@ class _Calls:
 
     @classmethod
     def fold(cls, calls: list[Call]) -> _Calls:
-        density, cost = (
-            torch.stack(known).mean(1)
-            if (known := [share for share in shares if share is not None])
-            else None
-            for shares in ([call.density for call in calls], [call.cost for call in calls])
-        )
+        density, cost = _rows(call.density for call in calls), _rows(call.cost for call in calls)
         counts = Counter((call.reason, call.impl) for call in calls)
         return cls(calls[0].step, array("l", (call.layer for call in calls)), counts, density, cost)
 
@@ -219,6 +214,11 @@ class Ledger:
         self._videos[-1].calls += map(_Calls.fold, alike.values())
         self._step.clear()
         self._stopwatch.read()
+
+
+def _rows(shares: Iterable[Tensor | None]) -> Tensor | None:
+    known = [share for share in shares if share is not None]
+    return torch.stack(known).mean(1) if known else None
 
 
 def _shares(calls: _Calls, share: Tensor | None) -> list[float]:
