@@ -16,7 +16,7 @@ from adamac.ops.launch import capability
 LEAST_TOKENS = 1024
 """On any device: below it a plan has next to nothing to choose from."""
 
-LEAST_WORK = {9: 2e12}
+LEAST_WORK = {9: 3e12}
 """Floating-point operations of the smallest dense call worth replacing, by a GPU's major compute capability: measured."""
 
 LEAST_WORK_ELSEWHERE = 1e12
