@@ -11,23 +11,20 @@ import argparse
 import json
 import statistics
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import matplotlib
-
-matplotlib.use("svg")
-import matplotlib.pyplot as plt
-
-from .gpu_steps import Runs, by_run, profile_rows, step_rows
+from . import gpu_words as words
+from .gpu_charts import DENSITIES, SHAPES, STAGES, draw_speedups, draw_stages, ours
+from .gpu_scaling import scaling_rows, verdict_rows
+from .gpu_steps import Row, Runs, by_run, profile_rows, step_rows
 from .gpu_targets import Rows, target_rows
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "h100"
-SHAPES = ("cogvideox-2b", "wan-1.3b", "wan-14b", "hunyuan-129f", "hunyuan-193f")
-DENSITIES = (15, 8)
-OTHER_DENSITIES = (30, 5)  # two runs before
-STAGES = ("nearest", "sort", "moments", "select", "pack", "list", "attend", "other")
+RESULTS = ROOT / "benchmarks" / "results"
+NEW, FORMER = "h200", "h100"  # folders of rows: today's machine, and the one before
+SHOWN_RUNS = 4  # of each kind of steps; older ones are in the rows
+RIVALS = {"plain": "adamac {}%", "flex": "flex blocks {}%", "flash-attn-4": "flash4 blocks {}%"}
 VARIANTS = {
     "committed": "the kernel before: keys and values by themselves, two blocks in flight",
     "order": "the same, with a branch between softmax and values",
@@ -42,182 +39,193 @@ LIMITS = {
 }
 
 
+@dataclass(frozen=True)
+class Found:
+    """All rows that the page is drawn from.
+
+    Attributes:
+        calls: Single calls, by shape and arm.
+        former: The same on the card before, with the defaults of then.
+        others: Single calls at other densities, newest first.
+        steps: Denoising steps by run, nothing compiled.
+        compiled: The same with compiled blocks.
+        scaling: Steps of one video on one and on several GPUs.
+        probes: Variants of the attention kernel.
+        meeting: Calls by their work, to see where dense and sparse meet.
+    """
+
+    calls: Rows
+    former: Rows
+    others: list[Rows]
+    steps: Runs
+    compiled: Runs
+    scaling: list[Row]
+    probes: list[Row]
+    meeting: list[Row]
+
+    @classmethod
+    def read(cls) -> Found:
+        scaling = read(NEW, "scaling.jsonl")
+        single = [row for row in scaling if row["ranks"] == 1]
+        return cls(
+            calls=by_arm(read(NEW, "attention.jsonl")),
+            former=by_arm(read(FORMER, "attention.jsonl")),
+            others=[
+                by_arm(read(NEW, "attention_densities.jsonl")),
+                by_arm(read(FORMER, "attention_second_run.jsonl")),
+            ],
+            steps=by_run([*read(FORMER, "end_to_end.jsonl"), *read(NEW, "end_to_end.jsonl"), *single]),
+            compiled=by_run([*read(FORMER, "compiled.jsonl"), *read(NEW, "compiled.jsonl")]),
+            scaling=scaling,
+            probes=read(FORMER, "kernel_probes.jsonl"),
+            meeting=read(NEW, "crossover.jsonl"),
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=ROOT / "docs")
     options = parser.parse_args()
-    (options.out / "results-gpu.md").write_text(drawn(), encoding="utf-8")
-    attention = calls("attention.jsonl")
+    found = Found.read()
+    (options.out / "results-gpu.md").write_text(page(found), encoding="utf-8")
     (options.out / "assets").mkdir(exist_ok=True)
-    draw_speedups(attention, options.out / "assets" / "speedup.svg")
-    draw_stages(attention, options.out / "assets" / "stages.svg")
+    draw_speedups(found.calls, options.out / "assets" / "speedup.svg")
+    draw_stages(found.calls, options.out / "assets" / "stages.svg")
 
 
-def drawn() -> str:
-    """The page from the rows that there are."""
-    attention, former = calls("attention.jsonl"), calls("attention_second_run.jsonl")
-    probes, meeting = read("kernel_probes.jsonl"), read("crossover.jsonl")
-    steps, compiled = by_run(read("end_to_end.jsonl")), by_run(read("compiled.jsonl"))
-    return page(attention, former, steps, compiled, probes, meeting)
-
-
-def read(name: str) -> list[dict[str, Any]]:
+def read(folder: str, name: str) -> list[Row]:
     """The rows of one file."""
-    lines = (RESULTS / name).read_text(encoding="utf-8").splitlines()
+    lines = (RESULTS / folder / name).read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
 
-def calls(name: str) -> Rows:
+def by_arm(rows: Iterable[Row]) -> Rows:
     """Rows of single calls, by shape and arm."""
-    return {(row["shape"], row["arm"]): row for row in read(name)}
+    return {(row["shape"], row["arm"]): row for row in rows}
 
 
-def ours(density: int, compensated: bool = True) -> str:
-    """Name of a sparse arm."""
-    return f"adamac {density}%{' compensated' if compensated else ''}"
-
-
-def page(
-    attention: Rows,
-    former: Rows,
-    runs: Runs,
-    compiled: Runs,
-    probes: list[dict[str, Any]],
-    meeting: list[dict[str, Any]],
-) -> str:
+def page(found: Found) -> str:
     """The page as Markdown."""
-    stamp = next(iter(attention.values()))
-    commits = " and ".join(sorted({row["commit"] for row in attention.values()}))
+    stamp = next(iter(found.calls.values()))
     machine = f"{stamp['device']}, torch {stamp['torch']}, triton {stamp['triton']}"
     parts = [
         "# Results on a GPU",
-        f"Drawn by `benchmarks/gpu_page.py` from the rows in `benchmarks/results/h100/`: {machine}, flash-attn-4 4.0.0b36, "
-        f"calls at commits {commits}. Ratios hold within one run. Times are the device's, with the host ahead of it as in a "
-        "transformer's step; a step whose other work is shorter than the host's share is bound by the host.",
+        f"Drawn by `benchmarks/gpu_page.py` from the rows in `benchmarks/results/{NEW}/` and `{FORMER}/`: {machine}, "
+        f"flash-attn-4 4.0.0b36, calls at commit {stamp['commit']}. Ratios hold within one run. Times are the device's, with "
+        "the host ahead of it as in a transformer's step; a step whose other work is shorter than the host's share is bound "
+        "by the host.",
+        words.CARDS,
         "## Targets",
         table(
             ["what", "where", "target", "measured", "blocks compiled", "met"],
-            target_rows(attention, runs, compiled),
+            [*target_rows(found.calls, found.steps, found.compiled), *verdict_rows(found.scaling)],
         ),
-        TARGET_WORDS,
-        "## One attention call",
-        "Tensors that look like attention (clustered, drawn fresh each round; no model), medians of "
-        f"{stamp_rounds(attention)} interleaved rounds after one to warm up. *Speed-up* is over the fastest dense kernel, "
-        "clustering from the last step's centroids, selection, packing and lists included. Every kernel of attention had been "
-        "held to a float64 reference before it was timed.",
-        table(
-            ["shape", "tokens × heads × head_dim", "fastest dense", "cuDNN", *(f"{d} %" for d in DENSITIES)],
-            speedups(attention),
-        ),
-        "![Speed-up against density](assets/speedup.svg)",
-        "The same without compensation (of which the paper has none), and other people's kernels over random blocks of "
-        "128 × 128 of the same density, the kernel alone, nothing planned (over the limit where dense, which takes long, ran at a "
-        "lower rate than a short call: 718 TFLOP/s against 782):",
-        table(["shape", *(f"{d} %, {who}" for d in DENSITIES for who in RIVALS)], rival_rows(attention)),
-        "Other densities were measured two runs before, with an older kernel and over cuDNN, which was the fastest then "
-        "(flash-attn-4 could not be loaded):",
-        table(
-            ["shape", *(f"{d} %" for d in OTHER_DENSITIES)],
-            ([shape, *(times(former, shape, ours(d)) for d in OTHER_DENSITIES)] for shape in SHAPES),
-        ),
-        "## Where the time of a call goes",
+        words.TARGETS,
+        *parts_of_a_call(found),
+        *parts_of_the_kernel(found.probes),
+        *parts_of_steps(found),
+        "## One video on two GPUs",
+        words.SCALING_BEFORE,
         table(
             [
-                "shape, 15 %, compensated",
-                *(f"{s}, ms" for s in STAGES),
-                "planning ÷ dense",
-                "attend / dense, TFLOP/s",
-                "host, ms",
+                "model",
+                "arm",
+                "GPUs",
+                "step, ms",
+                "attention, ms",
+                "the rest, ms",
+                "efficiency",
+                "slowest rank / mean, attention",
+                "peak a GPU, GiB",
             ],
-            stage_rows(attention),
+            scaling_rows(found.scaling),
         ),
-        "![Time by stage](assets/stages.svg)",
-        "*Planning* is all but packing, lists and attending. TFLOP/s count the pairs that are asked for, means included.",
-        CALL_WORDS,
-        "One iteration of k-means on the keys (assignment and new centroids), against flash-kmeans 0.3.1:",
-        table(["shape", "adamac, ms", "flash-kmeans, ms"], kmeans_rows(attention)),
-        "## What the kernel could gain",
-        "Kernel time, geometric means of the gain over the kernel before, at 15 % with and without compensation and 8 % with it; "
-        "head_dim 128 is Wan2.1-14B, Wan2.1-1.3B and HunyuanVideo, 64 is CogVideoX-2B:",
-        table(["kernel", "head_dim 128", "head_dim 64"], variant_rows(probes)),
-        "What it would gain if fetching cost less: the last but one of these at Wan2.1-14B's shape with 8 heads, 15 %, not "
-        "compensated, with other rows (wrong on purpose, and only timed):",
-        table(["fetched are", "ms", "TFLOP/s"], limit_rows(probes)),
-        LIMIT_WORDS,
-        "## Denoising steps",
-        "Real transformers at full size in their real pipelines and schedulers, **random weights**, arms in turns. *First "
-        "sparse* is the step that clusters from scratch. Wan2.1-14B without guidance: one forward a step.",
-        "With the transformer's blocks compiled (`adamac.enable(..., compile=True)` does that), dense and sparse, beside stock "
-        "diffusers as it comes:",
-        *steps_by_run(compiled),
-        "Nothing compiled:",
-        *steps_by_run(runs),
-        "Where the time of a step goes, nothing compiled (the newest row of each arm):",
-        table(
-            ["model", "arm", "planning, ms", "attention, ms", "not attention, ms", "share of it", "commit"],
-            profile_rows(runs),
-        ),
-        STEP_WORDS,
-        "## Checks on the same card",
-        CHECK_WORDS,
+        words.SCALING,
+        "## Checks on the same cards",
+        words.CHECKS,
         "## From how much work on sparse attention pays",
-        "Calls one after another without a pause, ten in a row: whichever is slower, the device or the host; dense by cuDNN. "
-        "`enable` keeps calls below the crossover dense and says so (`adamac.attention.crossover`).",
+        words.CROSSOVER,
         table(
             ["work, TFLOP", "tokens × heads × head_dim", "dense, ms", "sparse (15 %), ms", "faster"],
-            meeting_rows(meeting),
+            meeting_rows(found.meeting),
         ),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-RIVALS = {"plain": "adamac {}%", "flex": "flex blocks {}%", "flash-attn-4": "flash4 blocks {}%"}
-TARGET_WORDS = (
-    "flash-attn-4, which the targets are over, is 1.18 to 1.35 times as fast as cuDNN in this run. *Blocks compiled* is compiled "
-    "sparse over compiled dense, and over stock diffusers as it comes, which is not compiled. One step of twenty at Wan2.1-1.3B, "
-    "8 %, took a third longer than the others, while a training run had most of the host's cores. *About*: over a stock step "
-    "from another machine of the kind. Single calls but CogVideoX-2B's, and at 6efe91a the uncompiled steps of CogVideoX-2B and of "
-    "Wan2.1-1.3B at 8 %, were measured with the default before, clusters by tokens with stages; all else by logits "
-    "([decision](decisions/logit-metric.md)). Where sparse attention "
-    "cannot win calls stay dense ([below](#from-how-much-work-on-sparse-attention-pays))."
-)
-CALL_WORDS = (
-    "From 75,000 tokens on 79 to 89 % of a call are the attention kernel. Its rate counts rows that somebody asked for: with "
-    "root-N query clusters the last tile of each is part empty, and it computes 12 % more rows than there are at Wan2.1-14B, 9 % "
-    "at HunyuanVideo's 129 frames, 17 % at Wan2.1-1.3B and 25 % at CogVideoX-2B (counted on tensors drawn alike, "
-    "`cpu/row_waste.jsonl`), and it reads a mean for every cluster that is skipped, 1 to 2 % of the keys. The clustering kernels "
-    "take two thirds of the time that they took in the run before. CogVideoX-2B is the one shape here whose clusters went by "
-    "logits ([decision](decisions/logit-metric.md)); planning takes 1.22 ms there, with products too small to fill the card, where "
-    "it took 1.05 by tokens with the older kernels. Since then directions are one kernel, and forms came from the matrix units in "
-    "the compiled steps below and are float32 products in pieces now; no row of a single call shows it yet. Next to try are "
-    "tiles that waste fewer rows. Blocks of tokens sorted by cluster, for flash-attn-4's block-sparse kernel, would not help: "
-    "for the same error they have to read 1.6 times as much ([log](log.md)). What does help is to ask for less: by logits "
-    "8 % errs less than 15 % did before ([results](results.md))."
-)
-LIMIT_WORDS = (
-    "So lists and traffic are worth 7 % of the kernel at most, less than the rows that tiles waste. Fetching by TMA would save "
-    "instructions of the fetching warps besides, which was not measured; but Hopper's cannot gather rows, so each cluster's run "
-    "would have to be fetched in boxes with ragged ends. It is not worth building before the rest."
-)
-STEP_WORDS = (
-    "What is not attention (linear layers; norms, rotary embeddings and modulation, which run eagerly here) is 48 to 76 % of a "
-    "sparse step of ours and as long as in a dense one. Compiling takes 1.4 s of 11.4 off a step of Wan2.1-14B, dense or sparse, 0.24 s of "
-    "1.17 at Wan2.1-1.3B and 1.8 s of 20.4 at HunyuanVideo's 129 frames, so a sparse step gains most, and every target of a "
-    "compiled step is met. Not run compiled: 193 frames for want of time, and CogVideoX-2B, where this benchmark asked diffusers' "
-    "`compile_repeated_blocks`, which does not know that model's blocks (mended; `enable(compile=True)` compiles them by itself). "
-    "SVG2's first sparse step clusters with fifty iterations: 7.9 s at Wan2.1-1.3B, after which its time was up; it was not run "
-    "on the larger models, nor were the paper's settings at Wan2.1-14B and 193 frames."
-)
-CHECK_WORDS = (
-    "compute-sanitizer (memcheck) found nothing in either attention kernel or in planning at odd shapes (1 to 700 tokens, empty "
-    "clusters, padding, text), at the commit before clusters went by logits. The GPU tests of ops and sparse steps at dcabbfa, "
-    "eight at a time: 648, of which 552 passed, 94 were skipped and 2 failed. One was the test's own fault and passes since; "
-    "the other held the gradient of the router's gate to its budget (largest error 2.75e-8, allowed 1.21e-8, where gradients are "
-    "alike and cancel), is mended in the kernel and **has not been run again on a GPU**. Every kernel that was timed had been "
-    "held to its reference by itself before."
-)
+def parts_of_a_call(found: Found) -> Iterable[str]:
+    """One attention call: speed-ups, rivals, other settings, stages."""
+    attention = found.calls
+    yield "## One attention call"
+    yield (
+        "Tensors that look like attention (clustered, drawn fresh each round; no model), medians of "
+        f"{stamp_rounds(attention)} interleaved rounds after one to warm up. *Speed-up* is over the fastest dense kernel, "
+        "clustering from the last step's centroids, selection, packing and lists included. Every kernel of attention had been "
+        "held to a float64 reference before it was timed."
+    )
+    head = ["shape", "tokens × heads × head_dim", "fastest dense", "cuDNN", *(f"{d} %" for d in DENSITIES)]
+    yield table([*head, *(f"{d} %, H100, by tokens" for d in DENSITIES)], speedups(attention, found.former))
+    yield "![Speed-up against density](assets/speedup.svg)"
+    yield words.RIVALS
+    yield table(["shape", *(f"{d} %, {who}" for d in DENSITIES for who in RIVALS)], rival_rows(attention))
+    yield words.KEYS
+    yield table(
+        ["shape", "key clusters", "15 %, ms", "15 %", "8 %, ms", "8 %", "planning, ms"], key_rows(attention)
+    )
+    yield words.OTHER_DENSITIES
+    yield table(["shape", "30 %", "5 %", "over", "measured"], other_rows(found.others))
+    yield "## Where the time of a call goes"
+    head = ["shape, 15 %, compensated", *(f"{s}, ms" for s in STAGES)]
+    yield table(
+        [*head, "planning ÷ dense", "attend / dense, TFLOP/s", "host, ms"],
+        stage_rows(attention),
+    )
+    yield "![Time by stage](assets/stages.svg)"
+    yield "*Planning* is all but packing, lists and attending. TFLOP/s count the pairs that are asked for, means included."
+    yield words.CALLS
+    yield "One iteration of k-means on the keys (assignment and new centroids), against flash-kmeans 0.3.1:"
+    yield table(["shape", "adamac, ms", "flash-kmeans, ms"], kmeans_rows(attention))
+
+
+def parts_of_the_kernel(probes: list[Row]) -> Iterable[str]:
+    """What variants of the attention kernel brought, on an H100."""
+    yield "## What the kernel could gain"
+    yield (
+        "Kernel time on an H100, geometric means of the gain over the kernel before, at 15 % with and without compensation and "
+        "8 % with it; head_dim 128 is Wan2.1-14B, Wan2.1-1.3B and HunyuanVideo, 64 is CogVideoX-2B:"
+    )
+    yield table(["kernel", "head_dim 128", "head_dim 64"], variant_rows(probes))
+    yield (
+        "What it would gain if fetching cost less: the last but one of these at Wan2.1-14B's shape with 8 heads, 15 %, not "
+        "compensated, with other rows (wrong on purpose, and only timed):"
+    )
+    yield table(["fetched are", "ms", "TFLOP/s"], limit_rows(probes))
+    yield words.LIMITS
+
+
+def parts_of_steps(found: Found) -> Iterable[str]:
+    """Denoising steps, with and without compiled blocks."""
+    yield "## Denoising steps"
+    yield (
+        "Real transformers at full size in their real pipelines and schedulers, **random weights**, arms in turns. *First "
+        "sparse* is the step that clusters from scratch. Wan2.1-14B without guidance: one forward a step. Older runs are in "
+        "the rows."
+    )
+    yield (
+        "With the transformer's blocks compiled (`adamac.enable(..., compile=True)` does that), dense and sparse, beside stock "
+        "diffusers as it comes:"
+    )
+    yield from steps_by_run(found.compiled)
+    yield "Nothing compiled:"
+    yield from steps_by_run(found.steps)
+    yield "Where the time of a step goes, nothing compiled (the newest row of each arm):"
+    yield table(
+        ["model", "arm", "planning, ms", "attention, ms", "not attention, ms", "share of it", "run"],
+        profile_rows(found.steps),
+    )
+    yield words.STEPS
 
 
 def steps_by_run(runs: Runs) -> Iterable[str]:
@@ -233,8 +241,8 @@ def steps_by_run(runs: Runs) -> Iterable[str]:
         "peak, GiB",
         "steps",
     ]
-    for commit, run in runs.items():
-        yield f"Commit {commit}:"
+    for name, run in list(runs.items())[:SHOWN_RUNS]:
+        yield f"Commit {name}:"
         yield table(head, step_rows(run))
 
 
@@ -255,7 +263,7 @@ def times(attention: Rows, shape: str, arm: str) -> str:
     return f"{row['speedup']:.2f}×" if "speedup" in row else "-"
 
 
-def speedups(attention: Rows) -> Iterable[list[str]]:
+def speedups(attention: Rows, former: Rows) -> Iterable[list[str]]:
     """Rows of the main table."""
     for shape in SHAPES:
         row = attention[shape, ours(15)]
@@ -263,7 +271,28 @@ def speedups(attention: Rows) -> Iterable[list[str]]:
         size = f"{row['video_tokens']:,} × {row['heads']} × {row['head_dim']}"
         fastest = f"{dense['time_ms']:.3g} ms ({row['fastest_dense']})"
         cudnn = f"{attention[shape, 'dense cudnn']['time_ms']:.3g} ms"
-        yield [shape, size, fastest, cudnn, *(times(attention, shape, ours(d)) for d in DENSITIES)]
+        ratios = [times(rows, shape, ours(d)) for rows in (attention, former) for d in DENSITIES]
+        yield [shape, size, fastest, cudnn, *ratios]
+
+
+def key_rows(attention: Rows) -> Iterable[list[str]]:
+    """Rows of the table of key clusters: the default, and half as many again."""
+    for shape in SHAPES:
+        for roots in (None, 6):
+            arms = [ours(density, key_roots=roots) for density in DENSITIES]
+            calls = [attention[shape, arm] for arm in arms]
+            cells = [text for call in calls for text in (f"{call['time_ms']:.2f}", f"{call['speedup']:.2f}×")]
+            planning = attention[shape, f"{arms[0]}, plan"]["time_ms"]
+            yield [shape, f"{calls[0]['k_clusters']:,}", *cells, f"{planning:.2f}"]
+
+
+def other_rows(others: list[Rows]) -> Iterable[list[str]]:
+    """Rows of the table of other densities, each from the newest run that has the shape."""
+    for shape in SHAPES:
+        rows = next(rows for rows in others if (shape, ours(30)) in rows)
+        row = rows[shape, ours(30)]
+        where = f"{row['commit']}, {row['device'].removesuffix(' 80GB HBM3')}"
+        yield [shape, *(times(rows, shape, ours(d)) for d in (30, 5)), row["fastest_dense"], where]
 
 
 def rival_rows(attention: Rows) -> Iterable[list[str]]:
@@ -283,7 +312,7 @@ def stage_rows(attention: Rows) -> Iterable[list[str]]:
         yield [shape, *stages, f"{planning:.1%}", rates(row, dense), f"{row['host_ms']:.1f}"]
 
 
-def rates(row: dict[str, Any], dense_ms: float) -> str:
+def rates(row: Row, dense_ms: float) -> str:
     """TFLOP/s of our attention kernel and of the fastest dense one."""
     work = 4e-9 * (row["video_tokens"] + row["text_tokens"]) ** 2 * row["head_dim"] * row["heads"]
     return f"{work * row['cost'] / row['stages_ms']['attend']:.0f} / {work / dense_ms:.0f}"
@@ -299,33 +328,33 @@ def kmeans_rows(attention: Rows) -> Iterable[list[str]]:
         ]
 
 
-def variant_rows(probes: list[dict[str, Any]]) -> Iterable[list[str]]:
+def variant_rows(probes: list[Row]) -> Iterable[list[str]]:
     """Kernels that were held to the reference and timed together."""
     timed = [row for row in probes if row["benchmark"] == "kernel_probe" and row.get("kernel") in VARIANTS]
     case = ("shape", "density", "compensate")
     base = {
         tuple(row[key] for key in case): row["kernel_ms"] for row in timed if row["kernel"] == "committed"
     }
-    for kernel, words in VARIANTS.items():
+    for kernel, what in VARIANTS.items():
         gains: dict[bool, list[float]] = {False: [], True: []}
         for row in timed:
             if row["kernel"] == kernel:
                 narrow = row["shape"] == "cogvideox-2b"
                 gains[narrow].append(base[tuple(row[key] for key in case)] / row["kernel_ms"])
         yield [
-            words,
+            what,
             *(f"{statistics.geometric_mean(gain):.3f}×" if gain else "-" for gain in gains.values()),
         ]
 
 
-def limit_rows(probes: list[dict[str, Any]]) -> Iterable[list[str]]:
+def limit_rows(probes: list[Row]) -> Iterable[list[str]]:
     """What it would be worth if a part cost nothing."""
     found = {row["kernel"]: row for row in probes if row["benchmark"] == "kernel_limits"}
-    for kernel, words in LIMITS.items():
-        yield [words, f"{found[kernel]['kernel_ms']:.2f}", f"{found[kernel]['tflops']:.0f}"]
+    for kernel, what in LIMITS.items():
+        yield [what, f"{found[kernel]['kernel_ms']:.2f}", f"{found[kernel]['tflops']:.0f}"]
 
 
-def meeting_rows(meeting: list[dict[str, Any]]) -> Iterable[list[str]]:
+def meeting_rows(meeting: list[Row]) -> Iterable[list[str]]:
     """Calls by their work."""
     for row in sorted(meeting, key=lambda row: row["work_tflop"]):
         if row["work_tflop"] < 0.25:
@@ -333,62 +362,6 @@ def meeting_rows(meeting: list[dict[str, Any]]) -> Iterable[list[str]]:
         size = f"{row['tokens']:,} × {row['heads']} × {row['head_dim']}"
         faster = "sparse" if row["sparse_ms"] < row["dense_ms"] else "dense"
         yield [f"{row['work_tflop']:.2f}", size, f"{row['dense_ms']:.2f}", f"{row['sparse_ms']:.2f}", faster]
-
-
-def draw_speedups(attention: Rows, path: Path) -> None:
-    """Speed-up over the fastest dense kernel against density, with what would be the limit."""
-    figure, axes = plt.subplots(figsize=(8.5, 4.2))
-    for shape in SHAPES:
-        axes.plot(
-            DENSITIES, [attention[shape, ours(d)]["speedup"] for d in DENSITIES], marker="o", label=shape
-        )
-    blocks = [attention["wan-14b", f"flash4 blocks {d}%"]["speedup"] for d in DENSITIES]
-    axes.plot(
-        DENSITIES,
-        blocks,
-        color="0.3",
-        linestyle="--",
-        label="flash-attn-4, random\nblocks, no plan (wan-14b)",
-    )
-    axes.plot(DENSITIES, [100 / d for d in DENSITIES], color="0.6", linestyle=":", label="limit, 1 / density")
-    axes.set(
-        xscale="log",
-        yscale="log",
-        xlabel="keys read exactly, %",
-        ylabel="speed-up over the fastest dense kernel",
-    )
-    axes.set_xticks(DENSITIES, [str(d) for d in DENSITIES])
-    axes.set_yticks((1, 2, 3, 5, 8, 13), ("1", "2", "3", "5", "8", "13"))
-    axes.minorticks_off()
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    save(figure, path)
-
-
-def draw_stages(attention: Rows, path: Path) -> None:
-    """Shares of a call's time by stage, relative to the fastest dense kernel."""
-    figure, axes = plt.subplots(figsize=(7, 3.2))
-    left = [0.0] * len(SHAPES)
-    for stage in STAGES:
-        shares = []
-        for shape in SHAPES:
-            row = attention[shape, ours(15)]
-            dense = attention[shape, f"dense {row['fastest_dense']}"]["time_ms"]
-            shares.append(100 * row["stages_ms"][stage] / dense)
-        axes.barh(SHAPES, shares, left=left, label=stage)
-        left = [a + b for a, b in zip(left, shares, strict=True)]
-    axes.set(xlabel="time at 15 %, compensated, % of the fastest dense kernel")
-    axes.invert_yaxis()
-    axes.legend(frameon=False, fontsize=8, ncols=2, loc="lower right")
-    save(figure, path)
-
-
-def save(figure: Any, path: Path) -> None:
-    """Write a chart that is the same for the same rows."""
-    plt.rcParams["svg.hashsalt"] = "adamac"
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
 
 
 if __name__ == "__main__":

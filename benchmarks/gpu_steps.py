@@ -12,10 +12,10 @@ COMPILED = "+compile"
 
 
 def by_run(rows: Iterable[Row]) -> Runs:
-    """Rows by the commit that they were measured at, newest first; ratios are taken inside of one run alone."""
+    """Rows by commit and card, newest first; ratios are taken inside of one such run alone."""
     runs: Runs = {}
     for row in sorted(rows, key=lambda row: row["run"], reverse=True):
-        runs.setdefault(row["commit"], []).append(row)
+        runs.setdefault(f"{row['commit']}, {row['device'].removesuffix(' 80GB HBM3')}", []).append(row)
     return {commit: sorted(run, key=lambda row: row["run"]) for commit, run in runs.items()}
 
 
@@ -43,8 +43,15 @@ def p50_ms(row: Row) -> float:
 
 def ratio(run: list[Row], model: str, base: str, name: str) -> float | None:
     """How many times as fast an arm's usual step is as a dense arm's, in one run."""
-    slow, fast = arm(run, model, base), arm(run, model, name)
-    return p50_ms(slow) / p50_ms(fast) if slow and fast else None
+    row = arm(run, model, name)
+    return over(run, base, row) if row else None
+
+
+def over(run: list[Row], base: str, row: Row) -> float | None:
+    """How many times as fast a row's usual step is as a dense arm's: of the same processes if these had that arm."""
+    same = [other for other in run if other["run"] == row["run"]]
+    slow = arm(same, row["model"], base) or arm(run, row["model"], base)
+    return p50_ms(slow) / p50_ms(row) if slow else None
 
 
 def tail(row: Row) -> float | None:
@@ -60,7 +67,7 @@ def step_rows(run: list[Row]) -> Iterable[list[str]]:
         if steps is None:
             continue
         dense = "best_dense" + (COMPILED if row["arm"].endswith(COMPILED) else "")
-        over = (ratio(run, model, base, row["arm"]) for base in ("stock", dense))
+        ratios = (over(run, base, row) for base in ("stock", dense))
         first = f"{row['first_sparse']['p50_ms']:,.0f}" if row["first_sparse"] else "-"
         spread = tail(row)
         yield [
@@ -68,7 +75,7 @@ def step_rows(run: list[Row]) -> Iterable[list[str]]:
             row["arm"],
             f"{steps['p50_ms']:,.0f}",
             f"{spread:.3f}" if spread else "-",
-            *(f"{times:.2f}" if times else "-" for times in over),
+            *(f"{times:.2f}" if times else "-" for times in ratios),
             first,
             f"{row['peak_gib']:.1f}",
             str(steps["steps"]),
@@ -78,7 +85,7 @@ def step_rows(run: list[Row]) -> Iterable[list[str]]:
 def profile_rows(runs: Runs) -> Iterable[list[str]]:
     """What a step's time is spent on, each arm's newest; what no stage's clock saw is not attention."""
     seen = set()
-    for row in (row for run in runs.values() for row in run):
+    for name, row in ((name, row) for name, run in runs.items() for row in run):
         steps = usual(row)
         stages = steps and steps.get("stage_ms_per_step")
         if steps is None or not stages or (row["model"], row["arm"]) in seen:  # stock has no clocks
@@ -87,4 +94,4 @@ def profile_rows(runs: Runs) -> Iterable[list[str]]:
         step, attention = steps["p50_ms"], sum(stages.values())
         parts = [stages["plan"], stages["attend"] + stages["dense"], step - attention]
         share = (step - attention) / step
-        yield [row["model"], row["arm"], *(f"{part:,.0f}" for part in parts), f"{share:.0%}", row["commit"]]
+        yield [row["model"], row["arm"], *(f"{part:,.0f}" for part in parts), f"{share:.0%}", name]

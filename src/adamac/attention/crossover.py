@@ -3,7 +3,7 @@
 A plan is some dozens of small kernels, which the host needs milliseconds to put in the queue. Dense attention that takes less
 than that cannot be beaten, however few keys are read. What counts is therefore the work of the dense call, not its length
 alone: four operations for each (query, key, channel), over all samples and heads. ``benchmarks/crossover.py`` measures where
-the two meet; the rows are in ``benchmarks/results/h100/crossover.jsonl``. On a processor there is no queue, and sparse
+the two meet; the rows are in ``benchmarks/results/h200/crossover.jsonl``. On a processor there is no queue, and sparse
 attention already pays at the shortest sequences that were measured (4,096 tokens).
 """
 

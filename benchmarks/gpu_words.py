@@ -1,0 +1,101 @@
+"""What the page of GPU results says about its tables: what fell short, and why. Part of `gpu_page.py`.
+
+Figures that are typed here and not drawn from rows stand beside the table that has them; go over them when rows are new.
+"""
+
+CARDS = (
+    "An H200 is an H100 with more and faster memory: dense attention takes as long on both (flash-attn-4 at Wan2.1-14B: 162 and "
+    "163 ms). The targets were set for an H100; where both have run, both are here."
+)
+
+TARGETS = (
+    "Every target of a step is met with compiled blocks, of HunyuanVideo's 129 frames without too; those of a single call are "
+    "missed by 11 to 37 %. *Blocks compiled* is compiled sparse over compiled dense, and over stock diffusers as it comes, which "
+    "is not compiled; Wan2.1 and 129 frames of it ran on an H100, CogVideoX-2B and 193 frames on an H200. *About*: over a stock "
+    "step from another machine of the kind.\n\n"
+    "The one tail that is missed was Python's garbage collector: one of fifteen steps took 871 ms instead of 319, and one of "
+    "twenty at Wan2.1-1.3B 980 instead of 724 (commit a47cf41). What was taken down of every call had grown by a thousand objects "
+    "a step, and a full collection looks at all objects there are. It is a handful a step since b477957, where the same twenty "
+    "steps of Wan2.1-1.3B have p99 / p50 of 1.005; compiled CogVideoX-2B has not been rerun. Where sparse attention cannot win "
+    "calls stay dense ([below](#from-how-much-work-on-sparse-attention-pays))."
+)
+
+RIVALS = (
+    "The same without compensation (of which the paper has none), and other people's kernels over random blocks of 128 × 128 of "
+    "the same density, the kernel alone, nothing planned (over the limit where dense, which takes long, ran at a lower rate than "
+    "a short call):"
+)
+
+KEYS = (
+    "Half as many key clusters again (six times the root of the tokens instead of four) err 19 to 26 % less on the embedded "
+    "model ([results](results.md)). They cost 5 to 15 % of a call:"
+)
+
+OTHER_DENSITIES = (
+    "Other densities. Those over cuDNN (*native* is torch's choice, which is cuDNN there) are of an older kernel and clusters by "
+    "tokens, before flash-attn-4 could be loaded:"
+)
+
+CALLS = (
+    "From 75,000 tokens on 81 to 88 % of a call are the attention kernel, at three quarters of flash-attn-4's rate. Its rate "
+    "counts rows that somebody asked for: with root-N query clusters the last tile of each is part empty, and it computes 12 % "
+    "more rows than there are at Wan2.1-14B, 9 % at HunyuanVideo's 129 frames, 17 % at Wan2.1-1.3B and 25 % at CogVideoX-2B "
+    "(counted on tensors drawn alike, `cpu/row_waste.jsonl`), and it reads a mean for every cluster that is skipped, 1 to 2 % of "
+    "the keys. **Could the targets be met?** At flash-attn-4's own rate and with no row wasted the kernel would take 26 of its "
+    "36 ms at Wan2.1-14B, 15 %, and the call 35 ms: 4.7×, for a target of 4.5×. So it would take both, and neither is in sight: "
+    "gathered rows cannot be fetched as cheaply as consecutive ones, and tiles of fewer rows use the matrix units less. "
+    "Planning by logits takes 6.5 ms there (by tokens, on the H100, 5.5). Blocks of tokens sorted by cluster, for "
+    "flash-attn-4's block-sparse kernel, would not help: for the same error they have to read 1.6 times as much "
+    "([log](log.md)). What does help is to ask for less: by logits 8 % errs less than 15 % did before ([results](results.md))."
+)
+
+LIMITS = (
+    "So lists and traffic are worth 7 % of the kernel at most, less than the rows that tiles waste. Fetching by TMA would save "
+    "instructions of the fetching warps besides, which was not measured; but Hopper's cannot gather rows, so each cluster's run "
+    "would have to be fetched in boxes with ragged ends. It is not worth building before the rest."
+)
+
+STEPS = (
+    "What is not attention (linear layers; norms, rotary embeddings and modulation, which run eagerly here) is 48 to 76 % of a "
+    "sparse step of ours and as long as in a dense one. Compiling takes 1.4 s of 11.4 off a step of Wan2.1-14B, dense or sparse, "
+    "0.24 s of 1.17 at Wan2.1-1.3B, 1.8 s of 20.4 at HunyuanVideo's 129 frames and 3 s of 41 at 193, so a sparse step gains "
+    "most.\n\n"
+    "SVG2 keeps clusters until they hold 0.9 of the softmax's mass by its estimate. On random weights, whose attention is "
+    "nearly flat, that is 87 % of the pairs, so it cannot win there: these rows say what its clustering costs (fifty iterations "
+    "in the first sparse step, which takes 6.7 s longer than the next at 129 frames), not what it does on trained weights. *paper* is AdaCluster's own "
+    "settings, without compensation, at a density of 25 to 26 %."
+)
+
+SCALING_BEFORE = (
+    "HunyuanVideo and Wan2.1-14B on one GPU and spread over two of one host (NVLink), by diffusers' Ulysses parallelism: "
+    "every rank has all tokens of half the heads. Nothing compiled, three or four sparse steps, one dense one; random weights. "
+    "*Efficiency* is the time on one GPU over twice the time on two. Before it was timed, small models of all three families "
+    "with heads and tokens that do not divide made the same sparse video on two GPUs as on one (float32, NCCL: latents differ by "
+    "3e-7 to 3e-6; sparse and dense differ by 2e-3 to 6e-3)."
+)
+
+SCALING = (
+    "Attention itself scales, dense (2.06 and 2.10 times as fast on two) and sparse (2.02 and 2.06); the ranks differ by 2 % at "
+    "most. What does not is the rest: exchanging heads for tokens adds 0.5 to 1 s to a step, dense or sparse. A sparse step is "
+    "shorter, so the same exchange is more of it: 5 % less efficient at Wan2.1-14B, 7 % at HunyuanVideo, where 5 % was the "
+    "target. The exchange costs a layer 12 to 18 ms; what it sends (774 MB a rank and layer at Wan2.1-14B) would take 3 ms at "
+    "300 GB/s. The rest was not profiled: copies that bring heads and tokens in order before and after, and linear layers "
+    "of half as many rows, are what is left to look at. Next to try: one exchange for query, key and value instead of three. "
+    "Runs on four and eight GPUs have not been made."
+)
+
+CHECKS = (
+    "compute-sanitizer (memcheck) found nothing in either attention kernel or in planning at odd shapes (1 to 700 tokens, empty "
+    "clusters, padding, text), on an H100 and at the commit before clusters went by logits; the attention kernels are the same. "
+    "The GPU tests of ops and sparse steps on an H200 at a47cf41, eight at a time: 683, of which 588 passed, 94 were skipped "
+    "(a processor's alone) and one failed, the gradient of the router's gate "
+    "(largest error 1.21e-7, allowed 9.9e-8). Its error depended on the draw; it takes away the gradient of the largest score "
+    "first since, and its tests passed at b477957, with those of what is taken down of every call and of the experts, as far "
+    "as they came in a minute (231 passed, none failed). Every kernel that was timed had been held to its reference by itself before."
+)
+
+CROSSOVER = (
+    "Calls one after another without a pause, ten in a row: whichever is slower, the device or the host; dense by flash-attn-4 "
+    "on an H200. `enable` keeps calls below 3 TFLOP dense and says so (`adamac.attention.crossover`). Over cuDNN and on another "
+    "host the two met at 2 TFLOP (`h100/crossover.jsonl`)."
+)
