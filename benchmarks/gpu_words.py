@@ -79,9 +79,9 @@ SCALING = (
     "most. What does not is the rest: exchanging heads for tokens adds 0.5 to 1 s to a step, dense or sparse. A sparse step is "
     "shorter, so the same exchange is more of it: 5 % less efficient at Wan2.1-14B, 7 % at HunyuanVideo, where 5 % was the "
     "target. The exchange costs a layer 12 to 18 ms; what it sends (774 MB a rank and layer at Wan2.1-14B) would take 3 ms at "
-    "300 GB/s. The rest was not profiled: copies that bring heads and tokens in order before and after, and linear layers "
-    "of half as many rows, are what is left to look at. Next to try: one exchange for query, key and value instead of three. "
-    "Runs on four and eight GPUs have not been made."
+    "275 GB/s, which is what an exchange between two of these cards reaches (`h200/moe.jsonl`). Part of the rest were copies: "
+    "seven passes over query, key and value or the output to bring heads and tokens in order. There are two since, one before "
+    "each message, which has not been timed. Runs on four and eight GPUs have not been made."
 )
 
 CHECKS = (

@@ -67,18 +67,22 @@ class Exchange:
             raise ValueError(
                 "context parallelism is for inference: gradients would stop between ranks; use torch.no_grad()"
             )
-        parts = torch.stack([query, key, value])
-        video, text = self._cut(parts, text_tokens)
         counts = shares(heads, self._ranks)
-        # Tokens first: what arrives from all ranks is then the sequence in its order.
-        sent = torch.cat([part.permute(3, 0, 1, 2, 4).flatten() for part in video.split(counts, dim=2)])
-        width, mine = 3 * batch * head_dim, counts[self._rank]
-        received = self._swap(
-            sent, [local * width * count for count in counts], [count * width * mine for count in ours]
-        )
-        whole = received.view(self.video_tokens, 3, batch, mine, head_dim).permute(1, 2, 3, 0, 4)
-        first = sum(counts[: self._rank])
-        return self._join(whole, text[:, :, first : first + mine]).unbind(0)
+        mine, first = counts[self._rank], sum(counts[: self._rank])
+        width = 3 * batch * head_dim
+        send = [local * width * count for count in counts]
+        sent = query.new_empty(sum(send))
+        # Tokens first: what arrives from all ranks is then the sequence in its order, and there is a place for the text.
+        whole = query.new_empty(self.video_tokens + text_tokens, 3, batch, mine, head_dim)
+        arrived, kept = self._cut(whole, text_tokens, axis=0)
+        for index, part in enumerate((query, key, value)):
+            video, text = self._cut(part, text_tokens, axis=2)
+            kept[:, index] = text[:, first : first + mine].permute(2, 0, 1, 3)
+            for piece, theirs in zip(sent.split(send), video.split(counts, dim=1), strict=True):
+                there = piece.view(local, 3, batch, theirs.shape[1], head_dim)
+                there[:, index] = theirs.permute(2, 0, 1, 3)
+        self._swap(arrived.view(-1), sent, [count * width * mine for count in ours], send)
+        return whole.permute(1, 2, 3, 0, 4).unbind(0)
 
     def to_tokens(self, attended: Tensor, heads: int, text_tokens: int) -> Tensor:
         """Give back what was attended with our heads for our tokens' other heads; the text's from all heads to all ranks.
@@ -92,18 +96,19 @@ class Exchange:
             ``[batch, heads, tokens, head_dim]``: this rank's video tokens and the whole text.
         """
         batch, mine, _, head_dim = attended.shape
-        video, text = self._cut(attended, text_tokens)
-        theirs = shares(self.video_tokens, self._ranks)
-        counts = shares(heads, self._ranks)
+        theirs, counts = shares(self.video_tokens, self._ranks), shares(heads, self._ranks)
+        width = batch * head_dim
+        send = [mine * (count + text_tokens) * width for count in theirs]
+        sent = attended.new_empty(sum(send))
+        video, text = self._cut(attended, text_tokens, axis=2)
         # Heads first: what arrives from all ranks is then the heads in their order.
-        pieces = [self._join(part, text) for part in video.split(theirs, dim=2)]
-        sent = torch.cat([piece.permute(1, 2, 0, 3).flatten() for piece in pieces])
-        tokens, width = theirs[self._rank] + text_tokens, batch * head_dim
-        received = self._swap(
-            sent,
-            [mine * (count + text_tokens) * width for count in theirs],
-            [count * tokens * width for count in counts],
-        )
+        for piece, part in zip(sent.split(send), video.split(theirs, dim=2), strict=True):
+            place = piece.view(mine, part.shape[2] + text_tokens, batch, head_dim).permute(2, 0, 1, 3)
+            for into, what in zip(self._cut(place, text_tokens, axis=2), (part, text), strict=True):
+                into.copy_(what)
+        tokens = theirs[self._rank] + text_tokens
+        received = attended.new_empty(heads * tokens * width)
+        self._swap(received, sent, [count * tokens * width for count in counts], send)
         return received.view(heads, tokens, batch, head_dim).permute(2, 0, 1, 3)
 
     def join(self, tokens: Tensor) -> Tensor:
@@ -123,18 +128,12 @@ class Exchange:
         joined = [each[:count] for each, count in zip(parts, counts, strict=True)]
         return torch.cat(joined).transpose(0, 1)
 
-    def _cut(self, sequence: Tensor, text_tokens: int) -> tuple[Tensor, Tensor]:
-        """Video and text of ``[..., tokens, head_dim]``."""
-        tokens = sequence.shape[-2]
-        if self.text == "before":
-            return sequence[..., text_tokens:, :], sequence[..., :text_tokens, :]
-        return sequence[..., : tokens - text_tokens, :], sequence[..., tokens - text_tokens :, :]
+    def _cut(self, sequence: Tensor, text_tokens: int, axis: int) -> tuple[Tensor, Tensor]:
+        """Video and text of a tensor with an axis of tokens, as views."""
+        video_tokens = sequence.shape[axis] - text_tokens
+        start = text_tokens if self.text == "before" else 0
+        video = sequence.narrow(axis, start, video_tokens)
+        return video, sequence.narrow(axis, 0 if start else video_tokens, text_tokens)
 
-    def _join(self, video: Tensor, text: Tensor) -> Tensor:
-        parts = (text, video) if self.text == "before" else (video, text)
-        return torch.cat(parts, dim=-2)
-
-    def _swap(self, sent: Tensor, send: list[int], receive: list[int]) -> Tensor:
-        received = sent.new_empty(sum(receive))
+    def _swap(self, received: Tensor, sent: Tensor, receive: list[int], send: list[int]) -> None:
         dist.all_to_all_single(received, sent, receive, send, group=self.group)
-        return received
