@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The mixture of experts on the GPUs of one host, in order of worth, each part with a time limit of its own:
-#   bash benchmarks/moe.sh OUT [PART...]      parts: nvlink shm none sockets quality advise layouts
+#   bash benchmarks/moe.sh OUT [PART...]      parts: nvlink shm none sockets quality advise layouts grid models
 # LIMIT (490) is the seconds for everything. quality reads text files in TEXT (a folder) and trains STEPS (1200) steps of each arm.
 # NVLink multicast stays off: it is not what is measured. A rehearsal on a processor:
 #   REHEARSE=1 bash benchmarks/moe.sh out/rehearsal nvlink none
@@ -25,11 +25,11 @@ part() {
   echo "$name: exit $rc after $((SECONDS - began)) s of $want"
 }
 
-# layers NAME SECONDS FABRIC PARTS...: the benchmark of the layer on one fabric.
+# layers NAME SECONDS FABRIC PARTS...: the benchmark of the layer on one fabric, by the plan WHAT.
 layers() {
-  local name=$1 want=$2 fabric=$3; shift 3
+  local name=$1 want=$2 fabric=$3 plan=${WHAT:-$PLAN}; shift 3
   [ -n "${REHEARSE:-}" ] && [ "$fabric" != none ] && fabric=gloo
-  part "$name" "$want" python3 -m benchmarks.moe run --plan $PLAN --device $DEVICE --fabrics "$fabric" --parts "$@" \
+  part "$name" "$want" python3 -m benchmarks.moe run --plan $plan --device $DEVICE --fabrics "$fabric" --parts "$@" \
     --minutes "$(python3 -c "print(max(0.2, ($want - 25) / 60))")" --limit-s 60 --commit "$COMMIT" --out "$OUT/moe.jsonl"
 }
 
@@ -50,6 +50,8 @@ for what in ${*:-nvlink shm none sockets quality advise}; do
     shm) layers shm 110 shm cost layer train ;;
     none) layers none 120 none cost kernels launches layer serve ;;
     sockets) layers sockets 70 sockets collectives layer ;;
+    grid) for fabric in nvlink shm sockets; do WHAT=grid layers "grid $fabric" 170 $fabric layer; done ;;
+    models) WHAT=full layers "models none" 90 none train serve; WHAT=full layers "models shm" 150 shm train ;;
     quality) quality ;;
     advise) part advise 70 python3 -m torch.distributed.run --nproc-per-node 2 -m adamac.cli advise moe --measure \
       --device $DEVICE --out "$OUT/moe_machine.json" ;;

@@ -189,6 +189,8 @@ class LaunchesCase:
 Case = LayerCase | CollectivesCase | KernelsCase | ModelCase | CostCase | LaunchesCase
 
 PARTS = ("cost", "collectives", "kernels", "launches", "layer", "fused", "rivals", "train", "serve")
+# Seconds of timing that a shape of the grid gets: there are 54, and its forward pass takes some milliseconds.
+_GRID_S = 1.0
 # DeepSpeed's layer multiplies with a matrix of tokens x experts x capacity: its work grows with the square of the tokens.
 _FEW_TOKENS = 1024
 _HIDDEN, _TOP_K, _RATIO = (2048, 1024, 4096), (8, 4, 16), (0.25, 0.5, 0.125)
@@ -208,7 +210,8 @@ def cases(
     """List what a plan asks of a fabric, the most important first.
 
     Args:
-        plan: ``"quick"`` is what the targets need, ``"full"`` is everything, ``"tiny"`` a rehearsal of it.
+        plan: ``"quick"`` is what the targets need, ``"grid"`` is every shape of a layer in few samples, ``"full"`` is everything,
+            ``"tiny"`` a rehearsal of it.
         fabric: Where.
         parts: Which of :data:`PARTS`.
         hidden: Only these of the plan's widths; empty means all. Likewise the others.
@@ -273,6 +276,8 @@ def _layers(plan: str, fabric: Fabric, *, rivals: bool) -> list[LayerCase]:
         replace(first, hidden=hidden, top_k=top_k, ratio=ratio, routing=routing)
         for routing, ratio, top_k, hidden in product(ROUTINGS, _RATIO, _TOP_K, _HIDDEN)
     ]
+    if plan == "grid":
+        return [replace(case, budget_s=_GRID_S) for case in grid]
     rest = [replace(case, budget_s=5) for case in (*lengths, *grid) if case != first]
     return [first, *compared, *rest]
 

@@ -24,7 +24,8 @@ class Run:
     """Measure, and write rows.
 
     Attributes:
-        plan: "quick" is what the targets need, "full" is every shape, "tiny" a rehearsal that a processor does in seconds.
+        plan: "quick" is what the targets need, "grid" is every shape of a layer in few samples, "full" is everything, "tiny" a
+            rehearsal that a processor does in seconds.
         out: File of rows; rows of former runs in it stay.
         fabrics: none (one rank, no communication), nvlink, shm, sockets, gloo; all of a machine if not given.
         parts: collectives, kernels, layer, rivals, train, serve.
@@ -107,7 +108,7 @@ def check(options: Run) -> None:
         ValueError: Saying what is wrong.
     """
     for what, given, known in (
-        ("plan", (options.plan,), ("quick", "full", "tiny")),
+        ("plan", (options.plan,), ("quick", "grid", "full", "tiny")),
         ("fabric", options.fabrics, FABRICS),
         ("part", options.parts, PARTS),
         ("device", (options.device,), ("auto", "cpu", "cuda")),

@@ -322,3 +322,11 @@ def test_a_fabric_that_is_not_what_it_is_called_is_said_so():
 def test_what_cannot_be_measured_is_refused(tmp_path, wrong, message):
     with pytest.raises(ValueError, match=message):
         run(replace(Run(out=tmp_path / "rows.jsonl"), **wrong), say=silent)
+
+
+def test_the_grid_has_every_shape_once_and_that_of_the_targets_first():
+    found = cases("grid", FABRICS["shm"], ("layer",))
+    shapes = {(case.hidden, case.top_k, case.ratio, case.routing) for case in found}
+    assert len(found) == len(shapes) == 3 * 3 * 3 * 2
+    assert (found[0].hidden, found[0].top_k, found[0].ratio) == (2048, 8, 0.25)
+    assert not any(case.rivals for case in found)
