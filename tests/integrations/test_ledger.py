@@ -80,7 +80,7 @@ def test_stages_on_a_gpu_are_timed_without_waiting_and_events_are_used_again(dev
         torch.cuda.synchronize()
     assert len(ledger._stopwatch._running) <= 2
     assert 0 < ledger.report().seconds["dense"] < 60
-    assert len(ledger._stopwatch._spare) <= 4
+    assert sum(map(len, ledger._stopwatch._spare.values())) <= 4
 
 
 def test_what_is_held_does_not_grow_with_the_calls_of_a_step():

@@ -19,8 +19,9 @@ class Stopwatch:
     """Takes the time of stages and adds it to the seconds it is given."""
 
     def __init__(self) -> None:
-        self._running: deque[tuple[defaultdict[str, float], str, Any, Any]] = deque()
-        self._spare: list[Any] = []
+        self._running: deque[tuple[defaultdict[str, float], str, torch.device, Any, Any]] = deque()
+        # By device, which an event is bound to when it is first recorded.
+        self._spare: defaultdict[torch.device, list[Any]] = defaultdict(list)
 
     def time(
         self, seconds: defaultdict[str, float], stage: str, device: torch.device, run: Callable[[], Any]
@@ -31,25 +32,26 @@ class Stopwatch:
             result = run()
             seconds[stage] += time.perf_counter() - started
             return result
-        begin, end = self._event(), self._event()
+        begin, end = self._event(device), self._event(device)
         stream = torch.cuda.current_stream(device)
         begin.record(stream)
         result = run()
         end.record(stream)
-        self._running.append((seconds, stage, begin, end))
+        self._running.append((seconds, stage, device, begin, end))
         return result
 
     def read(self, *, wait: bool = False) -> None:
         """Add up the stages that are over; all of them if ``wait``, which waits for the device."""
         while self._running:
-            seconds, stage, begin, end = self._running[0]
+            seconds, stage, device, begin, end = self._running[0]
             if wait:
                 end.synchronize()
             elif not end.query():
                 return
             self._running.popleft()
             seconds[stage] += begin.elapsed_time(end) / 1e3
-            self._spare += [begin, end]
+            self._spare[device] += [begin, end]
 
-    def _event(self) -> Any:
-        return self._spare.pop() if self._spare else torch.cuda.Event(enable_timing=True)
+    def _event(self, device: torch.device) -> Any:
+        spare = self._spare[device]
+        return spare.pop() if spare else torch.cuda.Event(enable_timing=True)
