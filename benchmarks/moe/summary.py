@@ -18,6 +18,13 @@ Row = dict[str, Any]
 _DIRECTIONS = {"forward": "forward", "forward_backward": "forward + backward"}
 _TARGETS = {"nvlink": (1.8, 1.4), "shm": (3.0, 2.0), "sockets": (3.8, 2.5)}
 _ONE_GPU, _TRAINING, _FORESEEN = 1.2, 2.5, 0.15
+TARGETS_HEADER = [
+    "targets, judged by the forward pass or the step",
+    "target",
+    "forward",
+    "forward + backward",
+    "",
+]
 
 
 def tables(rows: list[Row]) -> str:
@@ -42,6 +49,11 @@ def _title(rows: list[Row]) -> str:
 
 
 def targets(rows: list[Row]) -> str:
+    return _table(TARGETS_HEADER, target_lines(rows))
+
+
+def target_lines(rows: list[Row]) -> list[list[str]]:
+    """What is aimed at, the aim, what was found forward and in both passes, and the verdict."""
     lines: list[list[str]] = []
 
     def judged(what: str, target: float, found: tuple[float, float | None] | None) -> None:
@@ -80,15 +92,7 @@ def targets(rows: list[Row]) -> str:
         judged(f"training step, XL-shaped model, shm, {what}", _TRAINING, found)
     for fabric in ("nvlink", "shm"):
         judged(f"baseline, XL top-8, best rival / best of ours, {fabric}", 1.0, _against_rivals(rows, fabric))
-    lines += [_bytes_line(rows), _cost_line(rows)]
-    header = [
-        "targets, judged by the forward pass or the step",
-        "target",
-        "forward",
-        "forward + backward",
-        "",
-    ]
-    return _table(header, lines)
+    return [*lines, _bytes_line(rows), _cost_line(rows)]
 
 
 def _against_rivals(rows: list[Row], fabric: str) -> tuple[float, float] | None:
