@@ -1,4 +1,7 @@
-"""Fabric by fabric: the layer that the targets speak of, why they are missed, what the host has to do with it, and more ranks."""
+"""Fabric by fabric: the layer that the targets speak of, why they are missed, what the host has to do with it, and more ranks.
+
+Part of `moe_page.py`.
+"""
 
 from __future__ import annotations
 

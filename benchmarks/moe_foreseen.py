@@ -1,4 +1,7 @@
-"""How good the cost model was: what it said in a run before the layers were timed, against what was measured."""
+"""How good the cost model was: what it said in a run before the layers were timed, against what was measured.
+
+Part of `moe_page.py`.
+"""
 
 from __future__ import annotations
 
@@ -147,7 +150,7 @@ def causes(rows: list[Row], found: list[Point]) -> Iterable[str]:
     rest = [p for p in found if p.row["fabric"] == "nvlink" and p not in late]
     yield (
         f"**The host's pace is no constant.** Of the {len(far)} points that are off, the model had the host set the time in "
-        f"{sum(point.host for point in far)}. It takes the host's time once, from a layer with next to nothing to do. Of {len(again)} layers that this "
+        f"{sum(point.host for point in far)}. It takes the host's time once, from a layer with next to nothing to do. Of {len(again)} layers and passes that this "
         f"run timed twice, {len(wide)} differ from themselves by more than 15 % ({again[-1][1]}: {low:.2f} and {high:.2f} ms); one that keeps "
         f"the device busy ({steady[1]}) by {steady[0]:.1%}. Over NVLink {sum(p.near for p in rest)} of {len(rest)} points are within 15 % in the cases "
         f"before the profiler and other people's packages were in the process, and {sum(p.near for p in late)} of {len(late)} in those after; "

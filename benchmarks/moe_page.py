@@ -19,7 +19,8 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
 from . import moe_foreseen, moe_quality_page
-from .gpu_page import ROOT, save, table
+from .gpu_charts import save
+from .gpu_page import ROOT, table
 from .moe.rows import read
 from .moe.summary import (
     TARGETS_HEADER,
@@ -92,7 +93,7 @@ def page(rows: list[Row], former: list[Row], learned: list[Row]) -> str:
         "# Results of the mixture of experts",
         f"Drawn by `benchmarks/moe_page.py` from the rows in `benchmarks/results/h200/moe.jsonl`: {machine}. *Before* is the run on "
         f"{max(row['ranks'] for row in former)} × {then['device']} of another host at commit `{then['commit']}` (`h100/moe.jsonl`), when a layer was "
-        "launched in more than twice as many pieces. Ratios hold "
+        "launched in twice as many pieces or more. Ratios hold "
         "within one run; times are medians of the slowest rank. Every arm had been held to one rank with all experts in "
         "float64 before it was timed. What is measured, and how: `benchmarks/moe/__init__.py`.",
         "*fine_grained* is the baseline (CDAC), *bigmac* narrows to a quarter before sending (DCCA). Three dispatchers: a "

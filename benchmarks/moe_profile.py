@@ -1,4 +1,7 @@
-"""Kernels of a layer's passes by what they are for, and what that says of one GPU: from the rows `moe_launches`."""
+"""Kernels of a layer's passes by what they are for, and what that says of one GPU: from the rows `moe_launches`.
+
+Part of `moe_page.py`.
+"""
 
 from __future__ import annotations
 

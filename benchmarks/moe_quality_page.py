@@ -1,4 +1,4 @@
-"""What the shapes do to quality: the page's section and its chart, from the rows of `benchmarks/moe_quality.py`."""
+"""What the shapes do to quality: the page's section and its chart, from the rows of `benchmarks/moe_quality.py`. Part of `moe_page.py`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
-from .gpu_page import save, table
+from .gpu_charts import save
+from .gpu_page import table
 from .moe.cases import BASELINE
 from .moe_quality import common_step
 
@@ -18,7 +19,7 @@ Row = dict[str, Any]
 STABLE, PAPERS = "bigmac_stable", "bigmac,sound_init=False"
 # As they are called on the page and in the chart.
 NAMES = {PAPERS: "bigmac, the paper's initialisation"}
-CORPUS = "47 MB of English: manuals of Python and PostgreSQL, WordNet's glosses, two jargon dictionaries, a Bible and a commentary on it"
+CORPUS = "47 MB of English: manuals of Python and PostgreSQL, WordNet's glosses, the Jargon File, the Devil's Dictionary, the World English Bible, a commentary on the Psalms"
 
 
 def section(rows: list[Row]) -> str:
@@ -96,6 +97,11 @@ def signed(values: list[float]) -> str:
     return " / ".join(f"{value:+.3f}" for value in values)
 
 
+def plain(values: list[float]) -> str:
+    """The same where words say which way."""
+    return " / ".join(f"{value:.3f}" for value in values)
+
+
 def words(rows: list[Row], step: int) -> str:
     """What the table shows, and what it does not."""
 
@@ -111,12 +117,12 @@ def words(rows: list[Row], step: int) -> str:
         for line in (
             f"**DCCA costs {apart('bigmac', BASELINE):.3f} bits per byte here**, and costs in every seed: at equal tokens and about equal "
             "parameters BigMac learns less than the baseline. In the paper's comparison at equal tokens (one seed, width 1,024) the two are about equal.",
-            f"`{STABLE}` (norm, sigmoid router, balance by a bias) is worse than `bigmac` drawn soundly, by {signed(stable)}; over the paper's "
-            f"initialisation it gains {-apart(STABLE, PAPERS):.3f}, and drawing by fan-in alone gains {-apart('bigmac', PAPERS):.3f}. So at this width it is the "
+            f"`{STABLE}` (norm, sigmoid router, balance by a bias) is worse than `bigmac` drawn by its fan-in, by {plain(stable)} in the seeds; over the paper's "
+            f"initialisation it gains {-apart(STABLE, PAPERS):.3f}, and drawing alone gains {-apart('bigmac', PAPERS):.3f}. So at this width it is the "
             "initialisation that helps. The bias evens out load where the balance loss of 1e-3 does not, which may be what it pays with: "
             "the parts of the preset were not tried one by one.",
             f"The LatentMoE shapes lose less. `latent_eff` sends as few bytes as BigMac, with {flops['latent_eff'] / flops['bigmac']:.2f} of its FLOPs, and is "
-            f"{signed(latent)} against it.",
+            f"better by {plain([-each for each in latent])}.",
             "**What it does not show.** Three seeds; one small width, where the narrow rows are only 64 wide; less than half an "
             f"epoch; one learning rate ({rows[0]['lr']:g}) for all arms; no downstream task. All {len(every)} runs shared two cards at the same time "
             f"({min(every):.0f} to {max(every):.0f} s each), so that times can be compared with each other only, and say nothing of several ranks.",

@@ -1,4 +1,4 @@
-"""Whole models: what a training step and a decoded token are made of."""
+"""Whole models: what a training step and a decoded token are made of. Part of `moe_page.py`."""
 
 from __future__ import annotations
 

@@ -14,7 +14,8 @@ latent_acc      N/r    K/r    r h     r h    1         1       1/r              
 ==============  =====  =====  ======  =====  ========  ======  ================  ==============
 
 ``vanilla`` has the same parameters in few experts of the usual 4 h. ``bigmac`` is arXiv 2502.16927 to the letter (no norm, softmax
-router, balance loss 1e-3); ``bigmac_stable`` adds what later work found that four matrices in a row need. ``latent_eff`` and
+router, balance loss 1e-3); ``bigmac_stable`` adds what later work found that four matrices in a row need. At hidden 256 the
+initialisation by fan-in alone, ``bigmac`` with ``sound_init``, learned better than all of it (docs/results-moe.md). ``latent_eff`` and
 ``latent_acc`` are LatentMoE (arXiv 2601.18089), without its shared expert unless asked for. ``k3`` is Kimi K3's shape
 (arXiv 2607.24653) with SwiGLU in place of its bounded unit, and bias balancing in place of quantile balancing.
 """
