@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu_page
 
-Words that judge (targets, what fell short) are in this file too, so that a figure can never be quoted beside an older page.
+Words that judge (targets, what fell short) are in `gpu_words.py`; go over them when rows are new.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from adamac.attention import AdaCluster, Layout, Plan, TopK
+from adamac.attention import AdaCluster, Layout, Plan, Tokens, TopK
 from adamac.ops.kmeans import distances
 from adamac.testing import attention_like
 
@@ -173,3 +173,19 @@ def test_outliers_that_no_query_sees_get_no_clusters_of_their_own():
     query[..., :16] = 0
     assert METHOD(query, key).keys.num_clusters == METHOD.key_clusters
     assert replace(METHOD, metric="tokens")(query, key).keys.num_clusters > METHOD.key_clusters
+
+
+def test_a_key_far_from_all_others_is_read_where_nothing_else_stands_for_it():
+    # An attention sink: a cluster of its own, without spread, which a score for compensated clusters would put last.
+    torch.manual_seed(0)
+    query, key = torch.randn(1, 1, 512, 16), torch.randn(1, 1, 512, 16)
+    query[..., 0], key[..., 0] = 4.0, 0.0
+    key[:, :, 100] = 0.0
+    key[:, :, 100, 0] = 12.0
+    layout = Layout.video_only(512)
+    method = AdaCluster(query_clusters=8, key_clusters=64, budget=Tokens(0.1), compensate=False)
+    _, keys, reads = method(query, key, layout=layout).parts()
+    sink = int(keys.members.labels[0, 0, 100])
+    assert (reads[0, 0, :, sink] == keys.counts[0, 0, sink]).all()
+    forced = replace(method, score="residual")(query, key, layout=layout).parts()[2]
+    assert (forced[0, 0, :, sink] == 0).all()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from masks import exact_pairs, valid_tokens
 
 from adamac.attention import Layout, Plan, attend
-from adamac.attention.attend import with_text
+from adamac.attention.attend import _masked_dense_attention, with_text
 from adamac.testing import assert_within_error_budget, attention_like, eager_cluster_attention, fake_plan
 
 sdpa = torch.nn.functional.scaled_dot_product_attention
@@ -88,19 +88,27 @@ def test_compensation_keeps_the_error_budget_with_text_and_padding(layout, impl,
     assert_within_error_budget(lse, oracle_lse, eager_lse)
 
 
+@pytest.mark.parametrize("garbage", [1e4, float("nan")])
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dense", [True, False])
-def test_padding_is_zero_and_has_no_influence(tensors, impl, dense, device):
+def test_padding_is_zero_and_has_no_influence(tensors, impl, dense, garbage, device):
     layout = replace(LAYOUTS["padding everywhere"], valid=PADDED.to(device))
     plan = Plan.dense(layout, "test") if dense else fake_plan(*tensors[:2], layout)
     output, lse = attend(*tensors, plan, impl=impl, return_lse=True)
     padding = ~layout.valid.unsqueeze(1).expand(2, 2, 70)
     assert (output[padding] == 0).all()
     assert torch.isneginf(lse[padding]).all()
-    garbage = [tensor.masked_fill(padding.unsqueeze(-1), 1e4) for tensor in tensors]
-    again, lse_again = attend(*garbage, plan, impl=impl, return_lse=True)
+    spoilt = [tensor.masked_fill(padding.unsqueeze(-1), garbage) for tensor in tensors]
+    again, lse_again = attend(*spoilt, plan, impl=impl, return_lse=True)
     assert torch.equal(again, output)
     assert torch.equal(lse_again, lse)
+
+
+def test_the_mask_that_a_gpu_needs_keeps_out_what_is_no_number(tensors, device):
+    valid = PADDED.to(device)
+    spoilt = [tensor.masked_fill(~valid[:, None, :, None], float("nan")) for tensor in tensors]
+    clean = _masked_dense_attention(*tensors, valid, 0.25)
+    assert torch.equal(_masked_dense_attention(*spoilt, valid, 0.25), clean)
 
 
 def test_the_dense_log_sum_exp_is_that_of_a_full_plan(tensors, layout):

@@ -64,6 +64,30 @@ def test_compiled_blocks_attend_as_uncompiled_ones_and_are_counted(make, run):
     assert again.dense_calls == counted.dense_calls
 
 
+@pytest.mark.parametrize(("make", "run"), FAMILIES.values(), ids=FAMILIES.keys())
+def test_under_autocast_compiled_blocks_attend_in_its_dtype(make, run, monkeypatch):
+    # HunyuanVideo's norms leave queries and keys in float32 there, and values in bfloat16.
+    pipe, seen = make(), set()
+    with adamac.enable(pipe, METHOD, SCHEDULE) as handle, torch.autocast("cpu", torch.bfloat16):
+        attend = handle._attend
+        monkeypatch.setattr(
+            handle, "_attend", lambda *args: (seen.update(part.dtype for part in args[2:5]), attend(*args))[1]
+        )
+        run(pipe)
+        counted = handle.report()
+        handle.clear()
+        for block in blocks(pipe):
+            block.compile(fullgraph=True, backend="aot_eager")
+        run(pipe)
+    assert seen == {torch.bfloat16}
+    assert handle.report().sparse_calls == counted.sparse_calls > 0
+
+
+def test_no_cuda_graph_may_hold_an_attention_call():
+    operator = torch.ops.adamac.site_attention.default
+    assert torch.Tag.cudagraph_unsafe in operator.tags
+
+
 @pytest.mark.parametrize("name", ["wan", "cogvideox"])
 def test_more_layers_compile_nothing_more_than_without_us(name):
     make, run = FAMILIES[name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 
 import pytest
 import torch
@@ -46,6 +47,42 @@ def test_a_report_is_what_the_calls_say():
         [approx(0.4), None, approx(0.7)],
     ]
     assert report.density_by_layer_head == [approx([0.2, 0.4]), approx([0.5, 0.5]), approx([0.7])]
+
+
+def test_layers_of_one_step_may_lie_on_several_devices():
+    ledger = Ledger()
+    far = Call(0, 1, "cond", None, *(torch.empty(1, 2, device="meta") for _ in range(2)), impl="gather")
+    for call in (sparse(0, 0, [[0.2, 0.2]]), far, sparse(1, 0, [[0.2, 0.2]])):
+        ledger.add(call)
+    assert [len(each.layers) for each in ledger._videos[-1].calls] == [1, 1]
+
+
+def test_a_thread_that_asks_for_reports_loses_no_call():
+    ledger, done = Ledger(), threading.Event()
+    seen = []
+
+    def ask():
+        while not done.is_set():
+            seen.append(ledger.report().calls)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    for step in range(100):
+        for layer in range(20):
+            ledger.add(sparse(step, layer, [[0.2, 0.2]]))
+            ledger.timed("attend", torch.device("cpu"), lambda: None)
+    done.set()
+    asking.join()
+    assert ledger.report().calls == 2000
+    assert seen == sorted(seen)
+
+
+def test_calls_that_make_no_steps_are_folded_all_the_same():
+    ledger = Ledger()
+    for _ in range(10_000):
+        ledger.add(sparse(0, 0, [[0.2, 0.2]]))
+    assert len(ledger._step) <= 4096
+    assert ledger.report().calls == 10_000
 
 
 def test_asking_for_a_report_changes_nothing_and_clearing_forgets_everything():

@@ -18,6 +18,7 @@ class Gpu:
 
     def __init__(self):
         self.now, self.over, self.made = 0, 0, 0
+        self.capturing = False
 
     def event(self, **flags):
         gpu = self
@@ -32,6 +33,7 @@ class Gpu:
                 self.at = gpu.now
 
             def query(self):
+                assert not gpu.capturing, "the capture is broken"
                 return self.at <= gpu.over
 
             def synchronize(self):
@@ -49,6 +51,7 @@ def gpu(monkeypatch):
     gpu = Gpu()
     monkeypatch.setattr(torch.cuda, "Event", gpu.event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(device=device))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: gpu.capturing)
     return gpu
 
 
@@ -82,6 +85,17 @@ def test_seconds_go_where_they_went_when_the_stage_began(gpu):
     watch.time(latter, "dense", ONE, lambda: None)
     watch.read(wait=True)
     assert former == latter == {"dense": 1.0}
+
+
+def test_while_a_graph_is_captured_nothing_is_timed_and_nothing_asked(gpu):
+    watch, seconds = Stopwatch(), defaultdict(float)
+    watch.time(seconds, "plan", ONE, lambda: None)
+    gpu.capturing = True
+    assert watch.time(seconds, "attend", ONE, lambda: "result") == "result"
+    watch.read()
+    gpu.capturing = False
+    watch.read(wait=True)
+    assert seconds == {"plan": 1.0}
 
 
 def test_a_stage_that_fails_leaves_nothing_behind(gpu):

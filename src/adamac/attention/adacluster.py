@@ -65,7 +65,9 @@ class AdaCluster:
         metric: What angles and distances are measured by: ``"logits"``, by how differently the other side of the head's
             attention sees two tokens (:mod:`adamac.attention.logit_metric`), or ``"tokens"``, as the paper does, by the
             tokens themselves.
-        score: How key clusters are ranked; see :mod:`adamac.attention.select`.
+        score: How key clusters are ranked; see :mod:`adamac.attention.select`. ``None`` means ``"residual"`` if skipped
+            clusters are compensated and ``"moment"`` if not: a single far token's cluster has no residual, and would not be
+            read although nothing stands for it.
         budget: How much each query cluster reads: :class:`Tokens`, :class:`TopK` or :class:`TopP`.
         compensate: Let skipped clusters enter the softmax through their means.
         first_iterations: Lloyd iterations of every stage in the first sparse step.
@@ -80,7 +82,7 @@ class AdaCluster:
     outlier_factor: float = math.inf
     angular: bool = True
     metric: Literal["logits", "tokens"] = "logits"
-    score: Score = "residual"
+    score: Score | None = None
     budget: Budget = field(default_factory=lambda: Tokens(0.1))
     compensate: bool = True
     hard_layers: Literal["sparse", "dense"] = "sparse"
@@ -111,7 +113,8 @@ class AdaCluster:
             )
         if not self.outlier_factor > 0:
             raise ValueError(f"AdaCluster.outlier_factor must be positive, got {self.outlier_factor}")
-        check_score(self.score)
+        if self.score is not None:
+            check_score(self.score)
 
     @classmethod
     def paper(cls) -> AdaCluster:
@@ -178,7 +181,8 @@ class AdaCluster:
             again = {"iterations": self.iterations}
             queries = refine(video_query, start_queries, layout, metric=self._shape, form=of_queries, **again)
             keys = refine(video_key, start_keys, layout, metric="euclidean", form=of_keys, **again)
-        score = score_clusters(self.score, queries.means, video_key, keys)
+        ranking = self.score or ("residual" if self.compensate else "moment")
+        score = score_clusters(ranking, queries.means, video_key, keys)
         return Plan(
             layout,
             queries,

@@ -124,8 +124,11 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout, *
 
 def _masked_dense_attention(query: Tensor, key: Tensor, value: Tensor, valid: Tensor, scale: float) -> Tensor:
     sdpa = torch.nn.functional.scaled_dot_product_attention
+    padded = ~valid[:, None, :, None]
+    # Padding may hold anything, and what is no number stays so under a mask and times a weight of zero.
+    key, value = key.masked_fill(padded, 0.0), value.masked_fill(padded, 0.0)
     output = sdpa(query, key, value, attn_mask=valid[:, None, None], scale=scale)
-    return output.masked_fill(~valid[:, None, :, None], 0.0)
+    return output.masked_fill(padded, 0.0)
 
 
 def with_text(plan: Plan) -> tuple[Segments, Segments, Tensor]:

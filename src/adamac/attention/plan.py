@@ -160,7 +160,7 @@ class Plan:
         video, text = rows.sum(-1), self._text_tokens()
         # Text queries read all, video queries read all text.
         pairs = video_pairs + video * text + text * (video + text)
-        return pairs / (video + text).square()
+        return pairs / (video + text).square().clamp_min(1)  # a sample without a token reads nothing
 
     def cost(self) -> Tensor:
         """Density plus the centroids that each row reads, in units of dense attention: ``[batch, heads]`` float64."""
@@ -170,7 +170,7 @@ class Plan:
         rows = queries.counts.double()
         centroids = (reads < keys.counts.unsqueeze(-2)).sum(-1).double()
         tokens = rows.sum(-1) + self._text_tokens()
-        return self.density() + (centroids * rows).sum(-1) / tokens.square()
+        return self.density() + (centroids * rows).sum(-1) / tokens.square().clamp_min(1)
 
     def state_bytes(self) -> int:
         """Bytes that keeping this plan for the next step holds."""

@@ -53,10 +53,13 @@ def bench_attention(
         raise BadInput(f"unknown shape {unknown[0]!r}; known are {', '.join(SHAPES)}")
     if bad := [density for density in densities if not 0 < density <= 1]:
         raise BadInput(f"a density must be over 0 and at most 1, got {bad[0]}")
-    if bad := [roots for roots in key_roots if not 0 < roots <= 100]:
-        raise BadInput(f"key roots must be over 0 and at most 100 (the default has 4), got {bad[0]}")
+    if bad := [roots for roots in key_roots if not 0.1 <= roots <= 100]:
+        raise BadInput(f"key roots must be from 0.1 to 100 (the default has 4), got {bad[0]}")
+    densities, key_roots = tuple(dict.fromkeys(densities)), tuple(dict.fromkeys(key_roots))
     contenders = [Sparse(density, compensate) for density in densities for compensate in (True, False)]
     contenders += [Sparse(density, True, key_roots=roots) for density in densities for roots in key_roots]
+    if len({each.name for each in contenders}) < len(contenders):
+        raise BadInput(f"densities are told apart by whole per cents, got {', '.join(map(str, densities))}")
     stamp = machine_stamp(device)
     for name in shapes:
         shape = SHAPES[name] if heads is None else replace(SHAPES[name], heads=heads)

@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn.functional import pad
 
+from adamac.ops.dense_attention import wants_gradient
+
 
 def shares(amount: int, ranks: int) -> list[int]:
     """Cut an amount into a share for each rank, the first ones one larger if it does not divide (as ``tensor_split``)."""
@@ -53,24 +55,27 @@ class Exchange:
             Query, key and value, ``[batch, our_heads, all_tokens, head_dim]``.
 
         Raises:
-            ValueError: If the tokens are not the rank's share, or gradients are wanted, which would stop here.
+            ValueError: If the tokens are not the rank's share, dtypes differ, or gradients are wanted, which would stop here.
         """
         batch, heads, tokens, head_dim = query.shape
-        ours = shares(self.video_tokens, self._ranks)
-        local = ours[self._rank]
-        if tokens != local + text_tokens or key.shape != query.shape:
+        tokens_of, heads_of = shares(self.video_tokens, self._ranks), shares(heads, self._ranks)
+        local = tokens_of[self._rank]
+        if {part.dtype for part in (key, value)} != {query.dtype}:
+            raise ValueError(
+                f"query, key and value must have one dtype, got {query.dtype}, {key.dtype} and {value.dtype}"
+            )
+        if tokens != local + text_tokens or not query.shape == key.shape == value.shape:
             raise ValueError(
                 f"context parallelism: rank {self._rank} has {tokens} tokens of self-attention, expected its {local} of "
                 f"{self.video_tokens} video tokens and {text_tokens} of text; call the transformer, not its blocks"
             )
-        if torch.is_grad_enabled() and query.requires_grad:
+        if wants_gradient(query, key, value):
             raise ValueError(
                 "context parallelism is for inference: gradients would stop between ranks; use torch.no_grad()"
             )
-        counts = shares(heads, self._ranks)
-        mine, first = counts[self._rank], sum(counts[: self._rank])
+        mine, first = heads_of[self._rank], sum(heads_of[: self._rank])
         width = 3 * batch * head_dim
-        send = [local * width * count for count in counts]
+        send = [local * width * count for count in heads_of]
         sent = query.new_empty(sum(send))
         # Tokens first: what arrives from all ranks is then the sequence in its order, and there is a place for the text.
         whole = query.new_empty(self.video_tokens + text_tokens, 3, batch, mine, head_dim)
@@ -78,10 +83,10 @@ class Exchange:
         for index, part in enumerate((query, key, value)):
             video, text = self._cut(part, text_tokens, axis=2)
             kept[:, index] = text[:, first : first + mine].permute(2, 0, 1, 3)
-            for piece, theirs in zip(sent.split(send), video.split(counts, dim=1), strict=True):
+            for piece, theirs in zip(sent.split(send), video.split(heads_of, dim=1), strict=True):
                 there = piece.view(local, 3, batch, theirs.shape[1], head_dim)
                 there[:, index] = theirs.permute(2, 0, 1, 3)
-        self._swap(arrived.view(-1), sent, [count * width * mine for count in ours], send)
+        self._swap(arrived.view(-1), sent, [count * width * mine for count in tokens_of], send)
         return whole.permute(1, 2, 3, 0, 4).unbind(0)
 
     def to_tokens(self, attended: Tensor, heads: int, text_tokens: int) -> Tensor:
@@ -96,19 +101,19 @@ class Exchange:
             ``[batch, heads, tokens, head_dim]``: this rank's video tokens and the whole text.
         """
         batch, mine, _, head_dim = attended.shape
-        theirs, counts = shares(self.video_tokens, self._ranks), shares(heads, self._ranks)
+        tokens_of, heads_of = shares(self.video_tokens, self._ranks), shares(heads, self._ranks)
         width = batch * head_dim
-        send = [mine * (count + text_tokens) * width for count in theirs]
+        send = [mine * (count + text_tokens) * width for count in tokens_of]
         sent = attended.new_empty(sum(send))
         video, text = self._cut(attended, text_tokens, axis=2)
         # Heads first: what arrives from all ranks is then the heads in their order.
-        for piece, part in zip(sent.split(send), video.split(theirs, dim=2), strict=True):
+        for piece, part in zip(sent.split(send), video.split(tokens_of, dim=2), strict=True):
             place = piece.view(mine, part.shape[2] + text_tokens, batch, head_dim).permute(2, 0, 1, 3)
             for into, what in zip(self._cut(place, text_tokens, axis=2), (part, text), strict=True):
                 into.copy_(what)
-        tokens = theirs[self._rank] + text_tokens
+        tokens = tokens_of[self._rank] + text_tokens
         received = attended.new_empty(heads * tokens * width)
-        self._swap(received, sent, [count * tokens * width for count in counts], send)
+        self._swap(received, sent, [count * tokens * width for count in heads_of], send)
         return received.view(heads, tokens, batch, head_dim).permute(2, 0, 1, 3)
 
     def join(self, tokens: Tensor) -> Tensor:
@@ -120,12 +125,12 @@ class Exchange:
         Returns:
             ``[batch, all_tokens, channels]``.
         """
-        counts = shares(self.video_tokens, self._ranks)
+        tokens_of = shares(self.video_tokens, self._ranks)
         # Parts of one length, because not every back end gathers others.
-        part = pad(tokens.transpose(0, 1), (0, 0, 0, 0, 0, counts[0] - counts[self._rank])).contiguous()
-        parts = [torch.empty_like(part) for _ in counts]
+        part = pad(tokens.transpose(0, 1), (0, 0, 0, 0, 0, tokens_of[0] - tokens_of[self._rank])).contiguous()
+        parts = [torch.empty_like(part) for _ in tokens_of]
         dist.all_gather(parts, part, group=self.group)
-        joined = [each[:count] for each, count in zip(parts, counts, strict=True)]
+        joined = [each[:count] for each, count in zip(parts, tokens_of, strict=True)]
         return torch.cat(joined).transpose(0, 1)
 
     def _cut(self, sequence: Tensor, text_tokens: int, axis: int) -> tuple[Tensor, Tensor]:

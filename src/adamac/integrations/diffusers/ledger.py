@@ -6,6 +6,7 @@ asked for.
 
 from __future__ import annotations
 
+import threading
 from array import array
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable
@@ -106,6 +107,9 @@ class Report:
 
 # A server makes videos for months and may never ask: older ones are forgotten.
 _VIDEOS = 32
+# Modules that are called by themselves make no steps; so many calls are folded together then.
+_LONGEST_STEP = 4096
+STAGES = ("plan", "attend", "dense")
 
 
 @dataclass(frozen=True)
@@ -140,9 +144,10 @@ class _Video:
 
 
 class Ledger:
-    """Takes down calls and stage times of the last videos."""
+    """Takes down calls and stage times of the last videos. Another thread may ask for reports meanwhile."""
 
     def __init__(self) -> None:
+        self._lock = threading.RLock()
         self._videos: deque[_Video] = deque([_Video()], maxlen=_VIDEOS)
         self._step: list[Call] = []  # calls of the step in progress
         self._stopwatch = Stopwatch()
@@ -150,21 +155,24 @@ class Ledger:
 
     def clear(self) -> None:
         """Forget everything."""
-        self._step.clear()
-        self._videos.clear()
-        self._videos.append(_Video())
-        self._state_bytes = 0
+        with self._lock:
+            self._step = []
+            self._videos.clear()
+            self._videos.append(_Video())
+            self._state_bytes = 0
 
     def begin_video(self) -> None:
         """Open a new page."""
-        self._close_step()
-        self._videos.append(_Video())
+        with self._lock:
+            self._close_step()
+            self._videos.append(_Video())
 
     def add(self, call: Call) -> None:
         """Take down one call."""
-        if self._step and self._step[0].step != call.step:
-            self._close_step()
-        self._step.append(call)
+        with self._lock:
+            if self._step and (self._step[0].step != call.step or len(self._step) >= _LONGEST_STEP):
+                self._close_step()
+            self._step.append(call)
 
     def held(self, state_bytes: int) -> None:
         """Take down how much the kept plans hold."""
@@ -176,25 +184,16 @@ class Ledger:
 
     def report(self) -> Report:
         """Read everything back from the device and add it up."""
-        self._close_step()
         self._stopwatch.read(wait=True)
-        calls = [each for video in self._videos for each in video.calls]
-        seconds = dict.fromkeys(("plan", "attend", "dense"), 0.0)
-        counts: Counter[tuple[str | None, str | None]] = Counter()
-        for video in self._videos:
-            for stage, spent in video.seconds.items():
-                seconds[stage] += spent
-        for each in calls:
-            counts.update(each.counts)
-        reasons, dense_impl, sparse_impl = Counter[str](), Counter[str](), Counter[str]()
-        for (reason, impl), count in counts.items():
-            if reason is not None:
-                reasons[reason] += count
-            if impl is not None:
-                (sparse_impl if reason is None else dense_impl)[impl] += count
+        with self._lock:
+            self._close_step()
+            calls = [each for video in self._videos for each in video.calls]
+            spent = [dict(video.seconds) for video in self._videos]
+            state_bytes = self._state_bytes
+        reasons, dense_impl, sparse_impl = _counts(calls)
         return Report(
-            calls=counts.total(),
-            sparse_calls=counts.total() - reasons.total(),
+            calls=sum(len(each.layers) for each in calls),
+            sparse_calls=sum(len(each.layers) for each in calls) - reasons.total(),
             dense_calls=dict(reasons),
             dense_impl=dict(dense_impl),
             sparse_impl=dict(sparse_impl),
@@ -202,18 +201,31 @@ class Ledger:
             cost=_average([share for each in calls for share in _shares(each, each.cost)]),
             density_by_step_layer=_by_step_and_layer(calls),
             density_by_layer_head=_by_layer_and_head(calls),
-            seconds=seconds,
-            state_bytes=self._state_bytes,
+            seconds={stage: sum(each.get(stage, 0.0) for each in spent) for stage in STAGES},
+            state_bytes=state_bytes,
         )
 
     def _close_step(self) -> None:
         """Keep of the step in progress what a report needs: a few objects instead of several for each call."""
+        step, self._step = self._step, []
         alike: dict[Any, list[Call]] = {}
-        for call in self._step:
-            alike.setdefault(None if call.density is None else call.density.shape, []).append(call)
+        for call in step:
+            share = call.density  # of a layer on another device, or with another number of heads, by itself
+            alike.setdefault(None if share is None else (share.device, share.shape), []).append(call)
         self._videos[-1].calls += map(_Calls.fold, alike.values())
-        self._step.clear()
         self._stopwatch.read()
+
+
+def _counts(calls: list[_Calls]) -> tuple[Counter[str], Counter[str], Counter[str]]:
+    """Dense calls by reason, dense calls by implementation, sparse calls by implementation."""
+    reasons, dense_impl, sparse_impl = Counter[str](), Counter[str](), Counter[str]()
+    for each in calls:
+        for (reason, impl), count in each.counts.items():
+            if reason is not None:
+                reasons[reason] += count
+            if impl is not None:
+                (sparse_impl if reason is None else dense_impl)[impl] += count
+    return reasons, dense_impl, sparse_impl
 
 
 def _rows(shares: Iterable[Tensor | None]) -> Tensor | None:
@@ -241,8 +253,9 @@ def _by_step_and_layer(calls: list[_Calls]) -> list[list[float | None]]:
 def _by_layer_and_head(calls: list[_Calls]) -> list[list[float] | None]:
     shares: dict[int, list[Tensor]] = {}
     for each in calls:
-        for layer, row in zip(each.layers, () if each.density is None else each.density.cpu(), strict=False):
-            shares.setdefault(layer, []).append(row)
+        if each.density is not None:
+            for layer, row in zip(each.layers, each.density.cpu(), strict=True):
+                shares.setdefault(layer, []).append(row)
     layers = 1 + max((layer for each in calls for layer in each.layers), default=-1)
     return [
         torch.stack(shares[layer]).mean(0).tolist() if layer in shares else None for layer in range(layers)

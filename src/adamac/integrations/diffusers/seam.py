@@ -87,9 +87,8 @@ class Site:
     ) -> Tensor:
         """Attend for this module, given what its rank holds of the sequence."""
         device, plain = query.device.type, nullcontext()
-        if torch.is_autocast_enabled(device):  # the call is taken before autocast would see it
-            dtype = torch.get_autocast_dtype(device)
-            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        query, key, value = _as_autocast(query, key, value)
+        if torch.is_autocast_enabled(device):
             plain = torch.autocast(device, enabled=False)  # plans choose their own precision
         with plain:
             if self.exchange is None:
@@ -268,13 +267,23 @@ class _TracedAttention(TorchFunctionMode):
             return func(*args, **kwargs)
         self.seen = True
         named = _named(args, kwargs)
-        parts = (named["query"], named["key"], named["value"], named.get("attn_mask"), named.get("scale"))
+        query, key, value = _as_autocast(named["query"], named["key"], named["value"])
+        parts = (query, key, value, named.get("attn_mask"), named.get("scale"))
         flags = (named.get("dropout_p") or 0.0, bool(named.get("is_causal")), bool(named.get("enable_gqa")))
         return torch.ops.adamac.site_attention(*parts, *flags, *self.place)
 
 
 _traced = _TracedAttention()
 _FLAGS = ("dropout_p", "is_causal", "enable_gqa")
+
+
+def _as_autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What autocast would make of them, which does not see a call that is taken before."""
+    device = query.device.type
+    if not torch.is_autocast_enabled(device):
+        return query, key, value
+    dtype = torch.get_autocast_dtype(device)
+    return query.to(dtype), key.to(dtype), value.to(dtype)
 
 
 def _named(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -293,7 +302,8 @@ def _unflatten(tensor: Tensor, dim: int, sizes: tuple[int, ...]) -> Tensor:
     return tensor.reshape(*tensor.shape[:dim], *sizes, *tensor.shape[dim + 1 :])
 
 
-@torch.library.custom_op("adamac::site_attention", mutates_args=())
+# A CUDA graph would replay one call's kernels for ever, with its schedule, plan and layer, and count nothing.
+@torch.library.custom_op("adamac::site_attention", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def site_attention(
     query: Tensor,
     key: Tensor,

@@ -206,7 +206,7 @@ def _gradient(
 
 @triton.jit
 def _apart(wanted, score):
-    """Less that of the largest score, which is most of the mean that is taken away next: rounding would be what is left."""
+    """Shifted by the gradient at the largest score: the mean taken away next is nearly that, and the difference would cancel."""
     best = score == tl.max(score, 1)[:, None]
     return wanted - tl.max(tl.where(best, wanted, float("-inf")), 1)[:, None]
 
