@@ -10,16 +10,17 @@ from typing import TYPE_CHECKING, Any
 from adamac._version import __version__
 
 if TYPE_CHECKING:
-    from adamac.attention import AdaCluster, Schedule
+    from adamac.attention import AdaCluster, Schedule, Tokens
     from adamac.integrations.diffusers import enable
 
 _LAZY = {
     "enable": "adamac.integrations.diffusers",
     "AdaCluster": "adamac.attention",
     "Schedule": "adamac.attention",
+    "Tokens": "adamac.attention",
 }
 
-__all__ = ["AdaCluster", "Schedule", "__version__", "enable"]
+__all__ = ["AdaCluster", "Schedule", "Tokens", "__version__", "enable"]
 
 
 def __getattr__(name: str) -> Any:

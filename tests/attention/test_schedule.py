@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -53,8 +55,14 @@ def test_shares_and_last_steps_are_refused_when_the_number_of_steps_is_unknown(s
         schedule.dense_reason(5, None, 3, 10)
 
 
-@pytest.mark.parametrize("amount", [-1, -0.1, 1.5])
+@pytest.mark.parametrize("amount", [-1, -0.1, 1.5, "10%", None, True])
 @pytest.mark.parametrize("name", ["first", "last"])
 def test_an_amount_out_of_range_is_refused(name, amount):
-    with pytest.raises(ValueError, match=rf"Schedule\.{name} must be .* got {amount}"):
+    with pytest.raises(ValueError, match=rf"Schedule\.{name} must be .* got {re.escape(repr(amount))}"):
         Schedule(**{name: amount})
+
+
+@pytest.mark.parametrize("layers", [0, "0", (0.5,), None])
+def test_layers_that_are_no_indices_are_refused(layers):
+    with pytest.raises(ValueError, match=r"Schedule\.layers must be a tuple of indices"):
+        Schedule(layers=layers)

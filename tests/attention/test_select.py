@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adamac.attention import AdaCluster, Clusters, Tokens, TopK, TopP
+from adamac.attention import SVG2, AdaCluster, BlockTopK, Clusters, SparseD, Tokens, TopK, TopP
 from adamac.attention.select import score_clusters
 from adamac.ops.segment import Segments, segment_mean
 from adamac.testing import attention_like, fake_plan
@@ -197,3 +197,11 @@ def test_empty_clusters_are_never_read(score):
         reads = budget.reads(scores, plan.keys.counts)
         assert (reads[..., -1] == 0).all()
         assert (reads.sum(-1) > 0).all()
+
+
+@pytest.mark.parametrize("make", [AdaCluster, SVG2, BlockTopK, SparseD])
+def test_a_bare_share_is_no_budget_and_the_remedy_is_said(make):
+    with pytest.raises(
+        ValueError, match=rf"{make.__name__}\.budget must be .* got 0\.15; .* is Tokens\(0\.15\)"
+    ):
+        make(budget=0.15)

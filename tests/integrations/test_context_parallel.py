@@ -5,8 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
+from diffusers import ContextParallelConfig
 from spread import PIPES, Comparison, run_cases
+from tiny import wan_pipe
 
+from adamac.integrations.diffusers import parallelize
 from adamac.testing import run_ranks
 
 # On each of two gloo ranks, what became of every case: one start of processes serves all tests.
@@ -138,3 +142,12 @@ def test_what_cannot_be_spread_is_refused_in_one_line(ranks, case, said):
     for refusals in results(ranks, "others"):
         assert said in refusals[case]
         assert "\n" not in refusals[case]
+
+
+def test_a_number_is_no_configuration_and_a_machine_without_gpus_is_told(monkeypatch):
+    pipe = wan_pipe()
+    with pytest.raises(ValueError, match=r"ContextParallelConfig\(ulysses_degree=2\), got 2"):
+        parallelize(pipe, 2)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 0)
+    with pytest.raises(ValueError, match="needs GPUs"):
+        parallelize(pipe, ContextParallelConfig(ulysses_degree=2))

@@ -520,6 +520,23 @@ def test_an_unsupported_model_is_told_what_is_supported():
         adamac.enable(object(), SMALL)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": "adacluster"}, "method must make plans, as AdaCluster"),
+        ({"method": AdaCluster}, "method must make plans, as AdaCluster"),
+        ({"method": Schedule()}, "method must make plans, as AdaCluster"),
+        ({"schedule": 0.1}, "schedule must be a Schedule"),
+        ({"schedule": Schedule(layers=(99,))}, "names layer 99, but there are 2 layers"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused_before_anything_is_changed(arguments, message):
+    pipe = wan_pipe()
+    with pytest.raises(ValueError, match=message):
+        adamac.enable(pipe, **arguments)
+    enable(pipe, SMALL, ALWAYS).disable()
+
+
 def test_enabling_twice_is_refused_and_changes_nothing():
     pipe = wan_pipe()
     with enable(pipe, SMALL, ALWAYS) as handle:

@@ -39,7 +39,7 @@ from adamac.attention.cluster import (
 from adamac.attention.layout import Layout, check_attention_inputs
 from adamac.attention.logit_metric import form_of_keys, form_of_queries
 from adamac.attention.plan import Clusters, Plan
-from adamac.attention.select import Budget, Score, Tokens, TopK, check_score, score_clusters
+from adamac.attention.select import Budget, Score, Tokens, TopK, check_budget, check_score, score_clusters
 from adamac.ops.kmeans import Metric, distances, kmeans, spread_tokens
 
 # The least number of clusters that a further stage adds, lest the last few outliers take many stages.
@@ -92,6 +92,7 @@ class AdaCluster:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_budget(self)
         check_counts(
             self, "query_clusters", "key_clusters", "first_iterations", "iterations", "recluster_every"
         )

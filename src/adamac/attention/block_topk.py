@@ -14,7 +14,7 @@ from torch import Tensor
 from adamac.attention.cluster import tiles, video_parts
 from adamac.attention.layout import Layout, check_attention_inputs
 from adamac.attention.plan import Plan
-from adamac.attention.select import Budget, Score, Tokens, check_score, score_clusters
+from adamac.attention.select import Budget, Score, Tokens, check_budget, check_score, score_clusters
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class BlockTopK:
     compensate: bool = False
 
     def __post_init__(self) -> None:
+        check_budget(self)
         sides = (self.tile,) if isinstance(self.tile, int) else self.tile
         if min(sides) < 1:
             raise ValueError(f"BlockTopK.tile must be positive, got {self.tile}")

@@ -42,7 +42,12 @@ def too_small(tokens: int, heads: int, head_dim: int, device: torch.device) -> s
     if device.type != "cuda":
         return None
     index = torch.cuda.current_device() if device.index is None else device.index
-    least = LEAST_WORK.get(capability(index)[0], LEAST_WORK_ELSEWHERE)
+    return too_little_work(tokens, heads, head_dim, capability(index)[0])
+
+
+def too_little_work(tokens: int, heads: int, head_dim: int, capability: int) -> str | None:
+    """Say why a call is too little work for a GPU of this major compute capability, or ``None``."""
+    least = LEAST_WORK.get(capability, LEAST_WORK_ELSEWHERE)
     asked = work(tokens, heads, head_dim)
     if asked >= least:
         return None

@@ -34,11 +34,14 @@ class Schedule:
     def __post_init__(self) -> None:
         for name in ("first", "last"):
             amount = getattr(self, name)
-            if amount < 0 or (isinstance(amount, float) and amount > 1):
+            known = isinstance(amount, int | float) and not isinstance(amount, bool)
+            if not known or amount < 0 or (isinstance(amount, float) and amount > 1):
                 raise ValueError(
                     f"Schedule.{name} must be a number of steps (int, 0 or more) or a share of them (float, 0 to 1), "
                     f"got {amount!r}"
                 )
+        if not isinstance(self.layers, tuple | list) or not all(type(layer) is int for layer in self.layers):
+            raise ValueError(f"Schedule.layers must be a tuple of indices, as (0, -1), got {self.layers!r}")
         if self.min_tokens is not None and self.min_tokens < 0:
             raise ValueError(f"Schedule.min_tokens must be 0 or more, got {self.min_tokens}")
 

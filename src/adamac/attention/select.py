@@ -184,6 +184,16 @@ class TopP:
 Budget = TopK | Tokens | TopP
 
 
+def check_budget(method: object) -> None:
+    """Refuse a method whose budget is none: a bare share, for instance."""
+    budget = getattr(method, "budget", None)
+    if not (hasattr(budget, "reads") and hasattr(budget, "most")):
+        share = f"; a share of the keys is Tokens({budget})" if isinstance(budget, float) else ""
+        raise ValueError(
+            f"{type(method).__name__}.budget must be Tokens(keep), TopK(keep) or TopP(mass), got {budget!r}{share}"
+        )
+
+
 def _check_share(name: str, share: float) -> None:
     if not 0 < share <= 1:
         raise ValueError(f"{name} must be over 0 and at most 1, got {share}")

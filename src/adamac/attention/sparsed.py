@@ -16,7 +16,7 @@ from adamac.attention.cluster import tiles, usable, video_parts
 from adamac.attention.layout import Layout, check_attention_inputs
 from adamac.attention.mass import mass_score
 from adamac.attention.plan import Plan
-from adamac.attention.select import Budget, Tokens
+from adamac.attention.select import Budget, Tokens, check_budget
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class SparseD:
     compensate: bool = False
 
     def __post_init__(self) -> None:
+        check_budget(self)
         if self.block < 1:
             raise ValueError(f"SparseD.block must be positive, got {self.block}")
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from adamac.attention.cluster import check_counts, cluster_tokens, refine, usable, video_parts
 from adamac.attention.layout import Layout, check_attention_inputs
 from adamac.attention.plan import Clusters, Plan
-from adamac.attention.select import Budget, TopP, score_clusters
+from adamac.attention.select import Budget, TopP, check_budget, score_clusters
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class SVG2:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_budget(self)
         check_counts(self, "query_clusters", "key_clusters", "first_iterations", "iterations")
 
     def __call__(

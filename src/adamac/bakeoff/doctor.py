@@ -10,13 +10,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.table import Table
 
-from adamac.attention import Schedule
+from adamac.attention import Schedule, crossover
 from adamac.bakeoff.config import Config
 from adamac.bakeoff.errors import BadInput
 from adamac.bakeoff.pipelines import Pipeline, call_arguments, load_pipeline
 
 if TYPE_CHECKING:
     from adamac.integrations.diffusers import Finding
+
+
+# Major compute capability.
+_HOPPER = 9
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,7 @@ class Examination:
         size: Frames, height and width of the video in question; ``None`` where the model has no default.
         tokens: Video tokens that such a video has; ``None`` if the size is not known.
         too_small: Why all of it would stay dense on this device; ``None`` if it would not, or if the size is not known.
+        too_small_on_hopper: The same on an H100 or H200, where the device is none.
         schedule: Which steps would stay dense.
     """
 
@@ -37,6 +42,7 @@ class Examination:
     size: tuple[int | None, int | None, int | None]
     tokens: int | None
     too_small: str | None
+    too_small_on_hopper: str | None
     schedule: Schedule
 
     def table(self) -> Table:
@@ -59,11 +65,15 @@ class Examination:
         if self.tokens is None:
             return f"{steps} Give --height, --width and --frames to learn how many tokens a video has."
         frames, height, width = self.size
-        enough = (
-            "enough to be sparse" if self.too_small is None else f"all of it stays dense ({self.too_small})"
-        )
         size = f"A video of {frames} frames of {height} x {width} pixels has {self.tokens:,} tokens"
-        return f"{size}: {enough}. {steps}"
+        verdict = _verdict(self.too_small)
+        if self.too_small_on_hopper != self.too_small:
+            verdict += f". On an H100 or H200 {_verdict(self.too_small_on_hopper)}"
+        return f"{size}: {verdict}. {steps}"
+
+
+def _verdict(too_small: str | None) -> str:
+    return "enough to be sparse" if too_small is None else f"all of it stays dense ({too_small})"
 
 
 def examine(config: Config) -> Examination:
@@ -77,6 +87,7 @@ def examine(config: Config) -> Examination:
     """
     from adamac.integrations.diffusers import UnsupportedModelError
     from adamac.integrations.diffusers import inspect as find
+    from adamac.integrations.diffusers.families import family_of
 
     pipe = load_pipeline(config.model, config.device, config.dtype)
     try:
@@ -85,11 +96,14 @@ def examine(config: Config) -> Examination:
         raise BadInput(f"model: {error}") from None
     size = _size(pipe, call_arguments(pipe, config))
     tokens, schedule, shape = _tokens(pipe, *size), Schedule(), pipe.transformer.config
-    heads, head_dim = shape.num_attention_heads, shape.attention_head_dim
-    small = (
-        None if tokens is None else schedule.too_small(tokens, heads, head_dim, torch.device(config.device))
-    )
-    return Examination(type(pipe).__name__, findings, size, tokens, small, schedule)
+    branches = 2 if family_of(pipe.transformer).guidance_in_batch else 1  # as by default, with guidance
+    heads, head_dim = branches * shape.num_attention_heads, shape.attention_head_dim
+    small = on_hopper = None
+    if tokens is not None:
+        small = on_hopper = schedule.too_small(tokens, heads, head_dim, torch.device(config.device))
+        if not config.device.startswith("cuda"):
+            on_hopper = small or crossover.too_little_work(tokens, heads, head_dim, _HOPPER)
+    return Examination(type(pipe).__name__, findings, size, tokens, small, on_hopper, schedule)
 
 
 def _size(pipe: Pipeline, arguments: dict[str, Any]) -> tuple[int | None, int | None, int | None]:

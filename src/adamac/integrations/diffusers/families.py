@@ -34,6 +34,8 @@ class Family:
         text_mask: Name of the transformer's argument ``[batch, text_tokens]`` that says which text tokens are no
             padding; ``None`` if text is never masked in self-attention. Its padding stands at the end of the sequence,
             and the model discards what attention gives for it.
+        guidance_in_batch: Whether its pipelines compute both branches of classifier-free guidance in one batch, so that a
+            call has twice the heads.
         split: How context parallelism cuts and joins the video tokens of its sequences, in diffusers' terms; empty where
             diffusers knows. Text is not cut.
         unsplit: Entries of the configuration, with the value at which the model reads positions within the sequence, so
@@ -47,6 +49,7 @@ class Family:
     patch: tuple[str, ...]
     frames_first: bool = False
     text_mask: str | None = None
+    guidance_in_batch: bool = False
     split: dict[str, Any] = field(default_factory=dict)
     unsplit: dict[str, Any] = field(default_factory=dict)
 
@@ -108,6 +111,7 @@ FAMILIES = (
         text="before",
         patch=("patch_size_t", "patch_size"),
         frames_first=True,
+        guidance_in_batch=True,
         split={
             "": {"image_rotary_emb": [_POSITIONS, _POSITIONS]},
             "transformer_blocks.0": {"hidden_states": _TOKENS},

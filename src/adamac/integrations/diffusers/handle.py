@@ -60,13 +60,22 @@ def enable(
 
     Raises:
         UnsupportedModelError: If the model's family is unknown or the installed diffusers is too old.
-        ValueError: If the pipeline is enabled already, or its attention back end cannot be reached.
+        ValueError: If the pipeline is enabled already, its attention back end cannot be reached, the schedule names a layer that
+            it has not, or an argument is of another kind.
     """
     _check_version()
-    return Handle(
-        pipe,
+    method, schedule = (
         AdaCluster() if method is None else method,
         Schedule() if schedule is None else schedule,
+    )
+    if not callable(method) or isinstance(method, type):
+        raise ValueError(f"method must make plans, as AdaCluster() does, got {method!r}")
+    if not isinstance(schedule, Schedule):
+        raise ValueError(f"schedule must be a Schedule, as Schedule(first=0.1), got {schedule!r}")
+    return Handle(
+        pipe,
+        method,
+        schedule,
         impl=impl,
         num_steps=num_steps,
         strict=strict,
@@ -111,6 +120,7 @@ class Handle:
             len(family.modules(transformer))
             for family, transformer in zip(self._families, self._transformers, strict=True)
         ]
+        self._check_layers()
         self._compiled: list[torch.nn.Module] = []
         self._install()
         if compile:
@@ -157,6 +167,13 @@ class Handle:
             block._compiled_call_impl = None
         self._compiled.clear()
         self._forget_plans()
+
+    def _check_layers(self) -> None:
+        most = max(self._num_layers)
+        if unknown := [layer for layer in self.schedule.layers if not -most <= layer < most]:
+            raise ValueError(
+                f"Schedule.layers names layer {unknown[0]}, but there are {most} layers with self-attention"
+            )
 
     def _compile(self) -> None:
         for transformer, family in zip(self._transformers, self._families, strict=True):
@@ -371,7 +388,8 @@ def _check_free(transformer: torch.nn.Module) -> None:
     hook = TransformerHook.of(transformer)
     if hook is not None and not hook.resting:
         raise ValueError(
-            "adamac is enabled on this pipeline already; call disable() on the former handle first"
+            "adamac is enabled on this pipeline already; call disable() on the former handle first (a copy made of an enabled "
+            "transformer stays so: copy it before)"
         )
 
 

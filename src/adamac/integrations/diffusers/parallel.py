@@ -50,10 +50,18 @@ def parallelize(pipe: Any, config: ContextParallelConfig) -> None:
 
     Raises:
         UnsupportedModelError: If the model's family is unknown or the installed diffusers is too old.
-        ValueError: If the config asks for ring attention, there are more ranks than heads, or this variant of the model
+        ValueError: If the machine has no GPU, the config asks for ring attention, there are more ranks than heads, or this variant of the model
             cannot be cut.
         RuntimeError: If ``torch.distributed`` has not been initialised, or the transformer is parallel already.
     """
+    if not isinstance(config, ContextParallelConfig):
+        raise ValueError(
+            f"config must be a ContextParallelConfig, as ContextParallelConfig(ulysses_degree=2), got {config!r}"
+        )
+    if torch.accelerator.device_count() == 0:
+        raise ValueError(
+            "context parallelism needs GPUs: diffusers numbers ranks by them, and this machine has none"
+        )
     transformers: list[Any] = [*transformers_of(pipe)]
     families = [family_of(transformer) for transformer in transformers]
     # All are checked before the first is changed.
