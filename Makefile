@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo yes)
 THREADS := $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo moe test check lint types imports bench docs clean
+.PHONY: demo moe test check installed lint types imports bench docs clean
 
 demo: $(VENV)/.runtime ## generate the demo videos with each arm and write out/demo/report/index.html
 	$(BIN)/adamac bakeoff --out out/demo --resume
@@ -20,6 +20,17 @@ test: $(VENV)/.test ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(THREADS)
 
 check: lint types imports test ## all that must pass before a commit lands
+
+# The wheel, not the clone, out of sight of the clone: what users install has no .git, no tests and only packaged files.
+installed: $(VENV)/.test ## build the wheel, install it apart, make a short bake-off with it and draw its report again
+	rm -rf out/installed && mkdir -p out/installed
+	$(BIN)/pip wheel -q --no-deps -w out/installed .
+	$(BIN)/pip install -q --no-deps --target out/installed/site out/installed/*.whl
+	cd out/installed && export PYTHONPATH=$(CURDIR)/out/installed/site && adamac="$(abspath $(BIN))/python -m adamac.cli" && \
+		$(abspath $(BIN))/python -c 'import adamac, os; assert adamac.__file__.startswith(os.environ["PYTHONPATH"])' && \
+		echo "a red ball rolls to the right" > prompt.txt && \
+		$$adamac bakeoff --prompts prompt.txt --arms dense adacluster --steps 2 --height 64 --width 96 --frames 17 --min-tokens 0 --out run && \
+		rm run/report/index.html && $$adamac report run && test -s run/report/index.html
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

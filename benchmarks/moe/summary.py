@@ -45,7 +45,7 @@ def _title(rows: list[Row]) -> str:
     row = rows[-1]
     versions = [f"{name} {row[name]}" for name in ("torch", "nccl", "triton") if row.get(name)]
     runs = ", ".join(dict.fromkeys(row["run"] for row in rows))
-    return f"{row['device']}, {', '.join(versions)}, commit {row.get('commit', 'unknown')}; runs {runs}"
+    return f"{row['device']}, {', '.join(versions)}, commit {row.get('commit') or 'unknown'}; runs {runs}"
 
 
 def targets(rows: list[Row]) -> str:

@@ -34,6 +34,22 @@ def test_the_report_is_drawn_again_from_rows_alone(finished, tmp_path):
     assert moved.report.read_text() == first
 
 
+def test_an_installed_package_has_no_commit_and_its_run_has_a_report(play, directory, progress, monkeypatch):
+    monkeypatch.setattr("adamac.bakeoff.machine._commit", lambda: None)
+    run_bakeoff(config_of("a ball"), directory, progress)
+    assert directory.read_run()["machine"]["commit"] is None
+    draw(directory)
+    assert "commit" not in directory.report.read_text()
+
+
+def test_a_run_that_was_written_without_a_commit_has_a_report(finished):
+    run = finished.read_run()
+    del run["machine"]["commit"]
+    finished.run.write_text(json.dumps(run))
+    draw(finished)
+    assert "commit" not in finished.report.read_text()
+
+
 def test_the_page_is_one_file_without_addresses(finished):
     draw(finished)
     page = finished.report.read_text()

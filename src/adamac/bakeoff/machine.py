@@ -15,7 +15,7 @@ import adamac
 
 
 def machine_stamp(device: str) -> dict[str, Any]:
-    """Describe the machine, the versions and the commit, in a few short entries."""
+    """Describe the machine, the versions and the commit (``None`` if installed, not run from its repository), in short."""
     stamp: dict[str, Any] = {"device": _device_name(device), "threads": torch.get_num_threads()}
     stamp["python"] = platform.python_version()
     stamp["torch"] = torch.__version__
@@ -23,8 +23,7 @@ def machine_stamp(device: str) -> dict[str, Any]:
         stamp["triton"] = version_of("triton")
     stamp["diffusers"] = version_of("diffusers")
     stamp["adamac"] = adamac.__version__
-    if commit := _commit():
-        stamp["commit"] = commit
+    stamp["commit"] = _commit()
     return stamp
 
 
