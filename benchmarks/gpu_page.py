@@ -17,7 +17,7 @@ from pathlib import Path
 from . import gpu_words as words
 from .gpu_charts import DENSITIES, SHAPES, STAGES, draw_speedups, draw_stages, ours
 from .gpu_scaling import scaling_rows, verdict_rows
-from .gpu_steps import Row, Runs, by_run, profile_rows, step_rows
+from .gpu_steps import Row, Runs, by_run, profile_rows, step_rows, video_rows
 from .gpu_targets import Rows, target_rows
 
 ROOT = Path(__file__).parents[1]
@@ -218,6 +218,11 @@ def parts_of_steps(found: Found) -> Iterable[str]:
         "diffusers as it comes:"
     )
     yield from steps_by_run(found.compiled)
+    yield words.VIDEO
+    yield table(
+        ["model", "arm", "denoising, s", "× best dense", "× stock", "run"],
+        video_rows(found.compiled),
+    )
     yield "Nothing compiled:"
     yield from steps_by_run(found.steps)
     yield "Where the time of a step goes, nothing compiled (the newest row of each arm):"

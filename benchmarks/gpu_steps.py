@@ -95,3 +95,20 @@ def profile_rows(runs: Runs) -> Iterable[list[str]]:
         parts = [stages["plan"], stages["attend"] + stages["dense"], step - attention]
         share = (step - attention) / step
         yield [row["model"], row["arm"], *(f"{part:,.0f}" for part in parts), f"{share:.0%}", name]
+
+
+def video_rows(runs: Runs) -> Iterable[list[str]]:
+    """Denoising of a whole video with compiled blocks: the schedule's dense steps, one that clusters, and the rest sparse."""
+    for name, run in runs.items():
+        for row in run:
+            dense = arm(run, row["model"], "best_dense" + COMPILED)
+            first = row["first_sparse"]
+            if dense is None or first is None or usual(row) is None:
+                continue
+            steps, early = row["steps_of_video"], row["dense_steps_of_video"]
+            spent = early * p50_ms(dense) + first["p50_ms"] + (steps - early - 1) * p50_ms(row)
+            stock = arm(run, row["model"], "stock")
+            over = [steps * p50_ms(base) / spent for base in (dense, stock) if base]
+            ratios = [f"{times:.2f}×" for times in over]
+            arm_name = row["arm"].removesuffix(COMPILED)
+            yield [row["model"], arm_name, f"{spent / 1e3:,.0f}", *ratios, *["-"] * (2 - len(ratios)), name]

@@ -66,6 +66,11 @@ STEPS = (
     "settings, without compensation, at a density of 25 to 26 %."
 )
 
+VIDEO = (
+    "What that makes of a video's denoising by the default schedule (50 steps, the first tenth dense), reckoned from these steps; "
+    "text encoder and autoencoder are not in it:"
+)
+
 SCALING_BEFORE = (
     "HunyuanVideo and Wan2.1-14B on one GPU and spread over two of one host (NVLink), by diffusers' Ulysses parallelism: "
     "every rank has all tokens of half the heads. Nothing compiled, three or four sparse steps, one dense one; random weights. "

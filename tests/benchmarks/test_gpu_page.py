@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from benchmarks.gpu_page import ROOT, Found, page
 from benchmarks.gpu_scaling import efficiency, scaling_rows, verdict_rows
-from benchmarks.gpu_steps import by_run, newest, ratio, step_rows, tail
+from benchmarks.gpu_steps import by_run, newest, ratio, step_rows, tail, video_rows
 from benchmarks.gpu_targets import _steps, target_rows
 
 
@@ -98,3 +98,17 @@ def test_efficiency_is_time_on_one_over_ranks_times_the_time_on_them():
     assert efficiency(rows, "wan-14b", "default_15", 2) == 0.75
     assert next(iter(verdict_rows(rows)))[-1] == "**no**"
     assert [row[6] for row in scaling_rows(rows)] == ["1.00", "1.00", "1.00", "0.75"]
+
+
+def test_a_video_has_its_dense_steps_too():
+    rows = [
+        step("best_dense", 10.0, "new", "1"),
+        step("default_15", 2.0, "new", "1"),
+        step("stock", 20.0, "new", "1"),
+    ]
+    rows = [row | {"steps_of_video": 10, "dense_steps_of_video": 2} for row in rows]
+    rows[:2] = [row | {"arm": row["arm"] + "+compile"} for row in rows[:2]]
+    (line,) = video_rows(by_run(rows))
+    spent = 2 * 10.0 + 8 * 2.0  # the step that clusters takes as long as the others here
+    assert line[:2] == ["wan-14b", "default_15"]
+    assert line[3:5] == [f"{100 / spent:.2f}×", f"{200 / spent:.2f}×"]

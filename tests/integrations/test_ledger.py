@@ -39,6 +39,10 @@ def test_a_report_is_what_the_calls_say():
     assert report.dense_impl == {"native": 3}
     assert report.sparse_impl == {"gather": 4}
     assert report.density == pytest.approx((3 + 0.2 + 0.5 + 0.4 + 0.7) / 7)
+    assert report.sparse_density == pytest.approx((0.2 + 0.5 + 0.4 + 0.7) / 4)
+    assert "4 of 7 self-attention calls were sparse and read 45.0% of the pairs; density of all" in str(
+        report
+    )
     assert report.cost == pytest.approx((3 + 0.3 + 0.6 + 0.5 + 0.8) / 7)
     approx = pytest.approx
     assert report.density_by_step_layer == [

@@ -55,6 +55,7 @@ class Report:
             :func:`adamac.ops.dense_attention.choices` says why it was chosen.
         sparse_impl: Number of sparse calls by the implementation that carried them out, and why it was not a faster one.
         density: Mean share of (query, key) pairs computed exactly; a dense call counts as 1.
+        sparse_density: The same over the sparse calls alone; ``None`` if there were none.
         cost: The same with the centroids that compensation reads.
         density_by_step_layer: ``[step][layer]``, mean over branches, samples, heads and videos; ``None`` where no call was.
         density_by_layer_head: ``[layer][head]`` over the sparse calls; ``None`` for a layer that had none.
@@ -70,6 +71,7 @@ class Report:
     dense_impl: dict[str, int]
     sparse_impl: dict[str, int]
     density: float
+    sparse_density: float | None
     cost: float
     density_by_step_layer: list[list[float | None]]
     density_by_layer_head: list[list[float] | None]
@@ -91,8 +93,9 @@ class Report:
     def __str__(self) -> str:
         if not self.calls:
             return "no self-attention call was seen; did the pipeline run, with an attention back end that calls SDPA?"
+        share = "" if self.sparse_density is None else f" and read {self.sparse_density:.1%} of the pairs"
         lines = [
-            f"{self.sparse_calls} of {self.calls} self-attention calls were sparse; density {self.density:.1%}"
+            f"{self.sparse_calls} of {self.calls} self-attention calls were sparse{share}; density of all calls {self.density:.1%}"
         ]
         lines += [f"  dense: {reason}: {count}" for reason, count in sorted(self.dense_calls.items())]
         for kind, impl in (("dense", self.dense_impl), ("sparse", self.sparse_impl)):
@@ -191,6 +194,7 @@ class Ledger:
             spent = [dict(video.seconds) for video in self._videos]
             state_bytes = self._state_bytes
         reasons, dense_impl, sparse_impl = _counts(calls)
+        read = [share for each in calls if each.density is not None for share in _shares(each, each.density)]
         return Report(
             calls=sum(len(each.layers) for each in calls),
             sparse_calls=sum(len(each.layers) for each in calls) - reasons.total(),
@@ -198,6 +202,7 @@ class Ledger:
             dense_impl=dict(dense_impl),
             sparse_impl=dict(sparse_impl),
             density=_average([share for each in calls for share in _shares(each, each.density)]),
+            sparse_density=_average(read) if read else None,
             cost=_average([share for each in calls for share in _shares(each, each.cost)]),
             density_by_step_layer=_by_step_and_layer(calls),
             density_by_layer_head=_by_layer_and_head(calls),
