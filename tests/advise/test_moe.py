@@ -226,3 +226,24 @@ def test_what_cannot_be_predicted_is_refused(arguments, problem):
 def test_nodes_of_unequal_size_are_refused():
     with pytest.raises(ValueError, match="equally many"):
         predict(BIGMAC, 16, 8, "all_to_all", PAPER_LIKE, network=Network(3, 1e9))
+
+
+def measured_on(ranks, **errors):
+    fits = {kind: Cost(1e-3, 1e15, 1e12, "measured", (0.01, -0.01)) for kind in KINDS}
+    return Machine("measured", fits, ranks=ranks, **errors)
+
+
+def test_the_error_of_a_comparison_holds_for_the_ranks_and_the_fabric_that_it_was_made_on():
+    two = measured_on(2, ratio_error=0.08)
+    assert compare(FINE, BIGMAC, 4096, 2, two).error == 0.08
+    assert compare(FINE, BIGMAC, 4096, 1, two).error == 0.08
+    # Another number of ranks: at least as much. Another fabric, of which somebody only says so: much more.
+    assert compare(FINE, BIGMAC, 4096, 8, two).error >= 0.08
+    slow = two.linked(1e9)
+    assert compare(FINE, BIGMAC, 4096, 2, slow).error > 0.2
+
+
+def test_what_is_only_assumed_decides_nothing_within_a_third():
+    found = compare(FINE, BIGMAC, 16384, 2, machine_of())
+    assert found.error == pytest.approx(0.3)
+    assert found.answer == "within the model's error"

@@ -167,8 +167,11 @@ def compare(
         now = network.bytes_per_s if network is not None else machine.cost("all_to_all").bytes_per_s
         slower = _last_crossing(ahead) if now < math.inf else None
         limit = None if slower is None else now / slower if slower else math.inf
-    known = machine.ratio_error
-    error = max(_fastest(each).error for each in sides) if known is None else known
+    error = max(_fastest(each).error for each in sides)
+    if machine.ratio_error is not None:
+        # What the machine was off by, if it was compared just so; on another fabric or number of ranks at least as much.
+        just_so = network is None and machine.compared_on(ranks)
+        error = machine.ratio_error if just_so else max(error, machine.ratio_error)
     rho = _rho(baseline, candidate, tokens, ranks, machine, itemsize, network)
     return Comparison(*sides, limit, rho, error, ranks, network is not None)
 

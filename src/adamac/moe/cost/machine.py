@@ -178,6 +178,12 @@ class Machine:
             for kind, cost in self.costs.items()
         ]
 
+    def compared_on(self, ranks: int) -> bool:
+        """Whether its errors are those of layers over so many ranks, on constants that were all measured."""
+        used = [cost for kind, cost in self.costs.items() if ranks > 1 or kind not in COLLECTIVES]
+        measured = all(cost.source == "measured" for cost in used)
+        return measured and (ranks == 1 or ranks == self.ranks)
+
     def assumed(self) -> list[str]:
         """The operations of which nobody measured or gave the constants."""
         return [kind for kind, cost in self.costs.items() if cost.source == "assumed"]
