@@ -17,13 +17,24 @@ from pathlib import Path
 from . import gpu_words as words
 from .gpu_charts import DENSITIES, SHAPES, STAGES, draw_speedups, draw_stages, ours
 from .gpu_scaling import scaling_rows, verdict_rows
-from .gpu_steps import Row, Runs, by_run, profile_rows, step_rows, video_rows
+from .gpu_steps import Row, Runs, by_run, latest_step_rows, profile_rows, step_rows, video_rows
 from .gpu_targets import Rows, target_rows
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 NEW, FORMER = "h200", "h100"  # folders of rows: today's machine, and the one before
 SHOWN_RUNS = 4  # of each kind of steps; older ones are in the rows
+STEP_HEAD = [
+    "model",
+    "arm",
+    "step p50, ms",
+    "p99 / p50",
+    "× stock",
+    "× best dense",
+    "first sparse, ms",
+    "peak, GiB",
+    "steps",
+]
 RIVALS = {"plain": "adamac {}%", "flex": "flex blocks {}%", "flash-attn-4": "flash4 blocks {}%"}
 VARIANTS = {
     "committed": "the kernel before: keys and values by themselves, two blocks in flight",
@@ -151,6 +162,11 @@ def page(found: Found) -> str:
             ["work, TFLOP", "tokens × heads × head_dim", "dense, ms", "sparse (15 %), ms", "faster"],
             meeting_rows(found.meeting),
         ),
+        "## Steps by run",
+        f"Of each kind the last {SHOWN_RUNS} runs. Compiled:",
+        *steps_by_run(found.compiled),
+        "Not compiled:",
+        *steps_by_run(found.steps),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -210,21 +226,23 @@ def parts_of_steps(found: Found) -> Iterable[str]:
     yield "## Denoising steps"
     yield (
         "Real transformers at full size in their real pipelines and schedulers, **random weights**, arms in turns. *First "
-        "sparse* is the step that clusters from scratch. Wan2.1-14B without guidance: one forward a step. Older runs are in "
-        "the rows."
+        "sparse* is the step that clusters from scratch. Wan2.1-14B without guidance: one forward a step. The newest row of each "
+        "arm; ratios are of its own run ([all of them](#steps-by-run)). *stock* is diffusers as it comes, *best_dense* our dense "
+        "path, *default_15* and *default_8* `AdaCluster()` at 15 and 8 % of the keys, *paper* `AdaCluster.paper()`, *svg2* SVG2's "
+        "published settings."
     )
     yield (
         "With the transformer's blocks compiled (`adamac.enable(..., compile=True)` does that), dense and sparse, beside stock "
         "diffusers as it comes:"
     )
-    yield from steps_by_run(found.compiled)
+    yield table([*STEP_HEAD, "run"], latest_step_rows(found.compiled, SHAPES))
     yield words.VIDEO
     yield table(
         ["model", "arm", "denoising, s", "× best dense", "× stock", "run"],
         video_rows(found.compiled),
     )
     yield "Nothing compiled:"
-    yield from steps_by_run(found.steps)
+    yield table([*STEP_HEAD, "run"], latest_step_rows(found.steps, SHAPES))
     yield "Where the time of a step goes, nothing compiled (the newest row of each arm):"
     yield table(
         ["model", "arm", "planning, ms", "attention, ms", "not attention, ms", "share of it", "run"],
@@ -235,20 +253,9 @@ def parts_of_steps(found: Found) -> Iterable[str]:
 
 def steps_by_run(runs: Runs) -> Iterable[str]:
     """A table of steps for each run."""
-    head = [
-        "model",
-        "arm",
-        "step p50, ms",
-        "p99 / p50",
-        "× stock",
-        "× best dense",
-        "first sparse, ms",
-        "peak, GiB",
-        "steps",
-    ]
     for name, run in list(runs.items())[:SHOWN_RUNS]:
         yield f"Commit {name}:"
-        yield table(head, step_rows(run))
+        yield table(STEP_HEAD, step_rows(run))
 
 
 def stamp_rounds(attention: Rows) -> int:

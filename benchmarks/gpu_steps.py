@@ -61,25 +61,45 @@ def tail(row: Row) -> float | None:
 
 
 def step_rows(run: list[Row]) -> Iterable[list[str]]:
-    """Rows of the table of steps."""
-    for row in run:
-        steps, model = usual(row), row["model"]
-        if steps is None:
-            continue
-        dense = "best_dense" + (COMPILED if row["arm"].endswith(COMPILED) else "")
-        ratios = (over(run, base, row) for base in ("stock", dense))
-        first = f"{row['first_sparse']['p50_ms']:,.0f}" if row["first_sparse"] else "-"
-        spread = tail(row)
-        yield [
-            model,
-            row["arm"],
-            f"{steps['p50_ms']:,.0f}",
-            f"{spread:.3f}" if spread else "-",
-            *(f"{times:.2f}" if times else "-" for times in ratios),
-            first,
-            f"{row['peak_gib']:.1f}",
-            str(steps["steps"]),
-        ]
+    """Rows of the table of one run's steps."""
+    return (_step_row(row, run) for row in run if usual(row))
+
+
+def latest_step_rows(runs: Runs, models: Iterable[str]) -> Iterable[list[str]]:
+    """Rows of the table of steps: the newest of each model's arms, and which run it is of."""
+    for model in models:
+        found: dict[str, list[str]] = {}
+        for name, run in runs.items():
+            for row in run:
+                if row["model"] == model and usual(row):
+                    found.setdefault(row["arm"], [*_step_row(row, run), name])
+        yield from (found[name] for name in sorted(found, key=_place))
+
+
+def _place(name: str) -> tuple[int, str]:
+    """Dense arms first, then ours, then other methods."""
+    order = ("stock", "best_dense", *SPARSE_ARMS)
+    plain = name.removesuffix(COMPILED)
+    return (order.index(plain) if plain in order else len(order), name)
+
+
+def _step_row(row: Row, run: list[Row]) -> list[str]:
+    steps = usual(row)
+    assert steps is not None
+    dense = "best_dense" + (COMPILED if row["arm"].endswith(COMPILED) else "")
+    ratios = (over(run, base, row) for base in ("stock", dense))
+    first = f"{row['first_sparse']['p50_ms']:,.0f}" if row["first_sparse"] else "-"
+    spread = tail(row)
+    return [
+        row["model"],
+        row["arm"],
+        f"{steps['p50_ms']:,.0f}",
+        f"{spread:.3f}" if spread else "-",
+        *(f"{times:.2f}" if times else "-" for times in ratios),
+        first,
+        f"{row['peak_gib']:.1f}",
+        str(steps["steps"]),
+    ]
 
 
 def profile_rows(runs: Runs) -> Iterable[list[str]]:
