@@ -7,24 +7,23 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
-import diffusers
 import torch
 from diffusers.hooks import HookRegistry
 from torch import Tensor
 
 from adamac.attention import AdaCluster, Layout, Method, Plan, Schedule, attend
 from adamac.integrations.diffusers.clock import Clock, Moment
-from adamac.integrations.diffusers.families import Family, UnsupportedModelError, family_of, transformers_of
+from adamac.integrations.diffusers.families import family_of, transformers_of
 from adamac.integrations.diffusers.hooks import Listener, TransformerHook
 from adamac.integrations.diffusers.ledger import Call, Ledger, Report
 from adamac.integrations.diffusers.padding import TextLengths
 from adamac.integrations.diffusers.parallel import Ranks, ranks_of
+from adamac.integrations.diffusers.refusals import check_arguments, check_back_end, check_free, check_layers
 from adamac.integrations.diffusers.seam import Attending, release, site_of
 from adamac.ops import dense_attention
 from adamac.ops.cluster_attention import Impl, refused, resolve
 from adamac.ops.dense_attention.dispatch import wants_gradient
 
-_OLDEST_DIFFUSERS = (0, 36)
 _NO_GRADIENT = "gradients are wanted, which sparse attention does not give; use torch.no_grad()"
 
 
@@ -63,15 +62,9 @@ def enable(
         ValueError: If the pipeline is enabled already, its attention back end cannot be reached, the schedule names a layer that
             it has not, or an argument is of another kind.
     """
-    _check_version()
-    method, schedule = (
-        AdaCluster() if method is None else method,
-        Schedule() if schedule is None else schedule,
-    )
-    if not callable(method) or isinstance(method, type):
-        raise ValueError(f"method must make plans, as AdaCluster() does, got {method!r}")
-    if not isinstance(schedule, Schedule):
-        raise ValueError(f"schedule must be a Schedule, as Schedule(first=0.1), got {schedule!r}")
+    method = AdaCluster() if method is None else method
+    schedule = Schedule() if schedule is None else schedule
+    check_arguments(method, schedule)
     return Handle(
         pipe,
         method,
@@ -120,7 +113,7 @@ class Handle:
             len(family.modules(transformer))
             for family, transformer in zip(self._families, self._transformers, strict=True)
         ]
-        self._check_layers()
+        check_layers(schedule, max(self._num_layers))
         self._compiled: list[torch.nn.Module] = []
         self._install()
         if compile:
@@ -168,13 +161,6 @@ class Handle:
         self._compiled.clear()
         self._forget_plans()
 
-    def _check_layers(self) -> None:
-        most = max(self._num_layers)
-        if unknown := [layer for layer in self.schedule.layers if not -most <= layer < most]:
-            raise ValueError(
-                f"Schedule.layers names layer {unknown[0]}, but there are {most} layers with self-attention"
-            )
-
     def _compile(self) -> None:
         for transformer, family in zip(self._transformers, self._families, strict=True):
             for block in family.blocks(transformer):
@@ -185,8 +171,8 @@ class Handle:
     def _install(self) -> None:
         parts = list(zip(self._transformers, self._families, strict=True))
         for transformer, family in parts:  # all are checked before the first is changed
-            _check_free(transformer)
-            _check_back_end(family, transformer)
+            check_free(transformer)
+            check_back_end(family, transformer)
             ranks_of(transformer, family)
         for index, (transformer, family) in enumerate(parts):
             listener = Listener(self._announce(index), self._forget_text, self.new_video)
@@ -374,35 +360,6 @@ def _dense_impl(layout: Layout, query: Tensor, key: Tensor, value: Tensor) -> st
     if layout.valid is not None:
         return "native, padding masked" if query.device.type == "cuda" else "native, padding dropped"
     return dense_attention.resolve(query, key, value)
-
-
-def _check_version() -> None:
-    version = tuple(int(part) for part in diffusers.__version__.split(".")[:2])
-    if version < _OLDEST_DIFFUSERS:
-        raise UnsupportedModelError(
-            f"diffusers {diffusers.__version__} is too old: adamac needs {'.'.join(map(str, _OLDEST_DIFFUSERS))} or newer"
-        )
-
-
-def _check_free(transformer: torch.nn.Module) -> None:
-    hook = TransformerHook.of(transformer)
-    if hook is not None and not hook.resting:
-        raise ValueError(
-            "adamac is enabled on this pipeline already; call disable() on the former handle first (a copy made of an enabled "
-            "transformer stays so: copy it before)"
-        )
-
-
-def _check_back_end(family: Family, transformer: torch.nn.Module) -> None:
-    """Refuse a back end under which attention would go past us."""
-    for name, module in family.modules(transformer):
-        back_end = getattr(getattr(module, "processor", None), "_attention_backend", None)
-        back_end = getattr(back_end, "value", back_end)
-        if back_end is not None and "native" not in back_end:
-            raise ValueError(
-                f"{name} uses the attention back end {back_end!r}, which adamac cannot reach; call "
-                "transformer.set_attention_backend('native') first (dense steps then use torch's kernels)"
-            )
 
 
 def _forget_children(transformer: torch.nn.Module) -> None:
