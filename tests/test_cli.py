@@ -1,12 +1,30 @@
 """The command line: quick to answer, and what is wrong is said in one line."""
 
+import re
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 
 import adamac
 from adamac import cli
+from adamac.extras import EXTRAS
+
+# What a wheel without extras lacks; jinja2 and filelock come with torch.
+BARE = [
+    "diffusers",
+    "transformers",
+    "numpy",
+    "av",
+    "cv2",
+    "matplotlib",
+    "skimage",
+    "safetensors",
+    "tokenizers",
+]
+MODULES = {"opencv-python-headless": "cv2", "pillow": "PIL", "scikit-image": "skimage"}
 
 
 def test_help_answers_without_torch():
@@ -22,6 +40,52 @@ def test_help_answers_without_torch():
 def test_version_is_the_packages(capsys):
     assert cli.main(["version"]) == 0
     assert capsys.readouterr().out.strip() == adamac.__version__
+
+
+@pytest.mark.parametrize(
+    ("missing", "arguments", "line"),
+    [
+        (BARE, ["doctor"], "diffusers is not installed; install it with pip install 'adamac[diffusers]'"),
+        (BARE, ["report", "."], "is not installed; install it with pip install 'adamac[bakeoff]'"),
+        (BARE, ["bakeoff"], "is not installed; install it with pip install 'adamac[bakeoff]'"),
+        (["matplotlib"], ["bakeoff"], "matplotlib is not installed"),
+        (["av"], ["bakeoff"], "av is not installed"),
+        (BARE, ["moe", "train"], "is not installed; install it with pip install 'adamac[moe]'"),
+        (["torch"], ["doctor"], None),
+    ],
+)
+def test_a_missing_extra_is_one_line_that_names_it_before_anything_is_made(
+    tmp_path, missing, arguments, line
+):
+    program = f"import sys; sys.modules.update(dict.fromkeys({missing!r})); from adamac import cli; sys.exit(cli.main({arguments!r}))"
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
+    if line is None:  # no extra brings it: a fault of ours or of the installation, and its traceback helps
+        assert "Traceback" in answer.stderr
+        return
+    assert answer.returncode == 2, answer.stderr
+    assert line in answer.stderr
+    assert "Traceback" not in answer.stderr
+    assert not any(tmp_path.iterdir())
+
+
+def test_enable_without_diffusers_says_what_to_install():
+    program = "import sys; sys.modules['diffusers'] = None; import adamac; adamac.enable"
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    last = answer.stderr.strip().splitlines()[-1]
+    assert last == (
+        "ModuleNotFoundError: adamac.enable: diffusers is not installed; "
+        "install it with pip install 'adamac[diffusers]'"
+    )
+
+
+def test_extras_are_those_of_the_package():
+    file = Path(__file__).parents[1] / "pyproject.toml"
+    declared = tomllib.loads(file.read_text())["project"]["optional-dependencies"]
+    for extra, modules in EXTRAS.items():
+        wanted = [name for name in declared[extra] if not name.startswith("adamac[")]
+        names = {re.split("[<>=]", name)[0] for name in wanted}
+        inherited = EXTRAS["diffusers"] if len(wanted) < len(declared[extra]) else set()
+        assert modules == {MODULES.get(name, name) for name in names} | inherited
 
 
 @pytest.fixture

@@ -27,5 +27,12 @@ def __getattr__(name: str) -> Any:
     if name in _LAZY:
         from importlib import import_module
 
-        return getattr(import_module(_LAZY[name]), name)
+        try:
+            return getattr(import_module(_LAZY[name]), name)
+        except ModuleNotFoundError as error:
+            from adamac.extras import remedy
+
+            if (line := remedy(error, "diffusers")) is None:
+                raise
+            raise ModuleNotFoundError(f"adamac.{name}: {line}", name=error.name) from None
     raise AttributeError(f"module 'adamac' has no attribute {name!r}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -20,6 +21,7 @@ import adamac
 from adamac.bakeoff.errors import BadInput
 from adamac.cli_advise import Advise, advise
 from adamac.cli_moe import Moe, moe
+from adamac.extras import remedy
 
 if TYPE_CHECKING:
     from adamac.attention import Schedule
@@ -158,6 +160,8 @@ def bakeoff(options: Bakeoff, console: Console) -> int:
     from adamac.bakeoff.prompts import choose_prompts
     from adamac.bakeoff.run import run_bakeoff
 
+    for drawing in ("jinja2", "matplotlib", "av"):  # missed now, not after the first video or the last one
+        import_module(drawing)
     _quiet_loaders()
     arms = options.arms if REFERENCE in options.arms else (REFERENCE, *options.arms)
     config = Config(
@@ -249,14 +253,15 @@ def version(options: Version, console: Console) -> int:
     return 0
 
 
-_RUN: dict[type, Callable[[Any, Console], int]] = {
-    Bakeoff: bakeoff,
-    Report: report,
-    Doctor: doctor,
-    Bench: bench,
-    Moe: moe,
-    Advise: advise,
-    Version: version,
+# Each command's function, and the extra of the package that has what it needs.
+_RUN: dict[type, tuple[Callable[[Any, Console], int], str]] = {
+    Bakeoff: (bakeoff, "bakeoff"),
+    Report: (report, "bakeoff"),
+    Doctor: (doctor, "diffusers"),
+    Bench: (bench, "bakeoff"),
+    Moe: (moe, "moe"),
+    Advise: (advise, "moe"),
+    Version: (version, "bakeoff"),
 }
 
 
@@ -271,9 +276,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         options = tyro.cli(Command, prog="adamac", args=argv)
-        return _RUN[type(options)](options, Console())
     except SystemExit as stop:  # tyro, after help or a usage error
         return stop.code if isinstance(stop.code, int) else 2
+    run, extra = _RUN[type(options)]
+    try:
+        return run(options, Console())
+    except ModuleNotFoundError as error:
+        if (line := remedy(error, extra)) is None:
+            raise
+        _complain(line)
+        return 2
     except (BadInput, OSError) as error:  # OSError: a full disk, a directory that went away
         _complain(str(error))
         return 2

@@ -401,7 +401,3 @@ def _one_line() -> Generator[None]:
     except ValueError as error:
         rank = os.environ.get("RANK", "0")
         raise BadInput(str(error) if rank == "0" else f"rank {rank}: {error}") from error
-    except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] not in ("tokenizers", "safetensors", "transformers", "numpy"):
-            raise
-        raise BadInput(f"{error}; install it with pip install 'adamac[moe]'") from error
