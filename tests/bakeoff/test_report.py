@@ -127,6 +127,61 @@ def test_a_directory_without_a_run_has_no_report(tmp_path):
         draw(RunDirectory(tmp_path))
 
 
+def changed(**entries):
+    """Change entries of a run; those that are None go."""
+    return lambda run: json.dumps({k: v for k, v in (run | entries).items() if v is not None})
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        (lambda run: "[]", "expected an object with config, methods, schedule"),
+        (lambda run: "{}", "expected an object named config, found none"),
+        (lambda run: "7", "got 7"),
+        (changed(config=[]), "expected config to be an object, got []"),
+        (changed(config={"arms": []}), "expected a list named config.prompts"),
+        (changed(methods=None), "expected an object named methods"),
+        (changed(machine={}), "expected a text named machine.device"),
+        (changed(first_calls="none"), 'expected first_calls to be an object, got "none"'),
+    ],
+)
+def test_a_damaged_run_is_refused_in_a_line_that_names_the_file(finished, progress, damage, problem):
+    finished.run.write_text(damage(finished.read_run()))
+    before = finished.rows.read_bytes()
+    for use in (
+        lambda: draw(finished),
+        lambda: run_bakeoff(config_of("a <b>ball</b>", "a fox & a \u00e4"), finished, progress, resume=True),
+    ):
+        with pytest.raises(BadInput) as refused:
+            use()
+        line = str(refused.value)
+        assert line.startswith(f"{finished.run} is damaged: ")
+        assert problem in line
+        assert "restore the file" in line
+        assert "\n" not in line
+    assert finished.rows.read_bytes() == before
+
+
+@pytest.mark.parametrize("contents", [b"garbage\n" * 3, b"[]\n{}\n", b"\xff\xfe\n\n"])
+def test_damaged_rows_are_refused_by_a_run_that_goes_on(finished, progress, contents):
+    finished.rows.write_bytes(contents)
+    with pytest.raises(BadInput, match=r"rows\.jsonl"):
+        run_bakeoff(config_of("a <b>ball</b>", "a fox & a \u00e4"), finished, progress, resume=True)
+    assert finished.rows.read_bytes() == contents
+
+
+@pytest.mark.parametrize(
+    "contents", ["{}", "[]", "garbage", '{"density_by_step_layer": 5}', '{"density_by_step_layer": "dense"}']
+)
+def test_damaged_details_cost_one_chart_and_not_the_report(finished, contents):
+    rows = read_rows(finished.rows)
+    (finished.path / "details").mkdir(exist_ok=True)
+    (finished.path / "details" / "dense.json").write_text(contents)
+    rows[0].details, rows[0].calls = "details/dense.json", 1
+    write_rows(finished.rows, rows)
+    assert draw(finished)["arms"]["dense"]["density_by_step_layer"] is None
+
+
 def test_a_file_of_rows_that_is_not_one_is_refused(finished):
     finished.rows.write_text("garbage\n" * 3)
     with pytest.raises(BadInput, match="line 1"):

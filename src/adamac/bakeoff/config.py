@@ -124,12 +124,17 @@ class RunDirectory:
         """Read what was asked.
 
         Raises:
-            BadInput: If there is no run here.
+            BadInput: If there is no run here, or its file lacks what a report or a run that goes on needs.
         """
         try:
-            return json.loads(self.run.read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError):
+            run = json.loads(self.run.read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # bytes that are no text are a ValueError, too
             raise BadInput(f"{self.path} holds no run of adamac bakeoff (no readable run.json)") from None
+        if damage := _damage(run):
+            raise BadInput(
+                f"{self.run} is damaged: {damage}; restore the file, or make the run again in another directory"
+            )
+        return run
 
     def check(self, identity: dict[str, Any], resume: bool) -> None:
         """Make sure that the directory can take this run, and change nothing in it.
@@ -175,6 +180,44 @@ class RunDirectory:
             raise BadInput(
                 f"out: another run is writing into {self.path}; wait for it or choose another directory"
             ) from None
+
+
+# What run.json holds at least, an object before its entries.
+_PARTS: dict[str, type] = {
+    "config": dict,
+    "config.prompts": list,
+    "config.arms": list,
+    "config.seeds": list,
+    "methods": dict,
+    "schedule": str,
+    "machine": dict,
+    "machine.device": str,
+    "machine.torch": str,
+    "machine.adamac": str,
+    "started": str,
+    "notes": dict,
+    "first_calls": dict,
+}
+_KINDS: dict[type, str] = {dict: "an object", list: "a list", str: "a text"}
+
+
+def _damage(run: Any) -> str:
+    """What is wrong with the contents of a ``run.json``; nothing if they are those of a run."""
+    if not isinstance(run, dict):
+        return f"expected an object with {', '.join(name for name in _PARTS if '.' not in name)}, got {_brief(run)}"
+    for name, kind in _PARTS.items():
+        *above, last = name.split(".")
+        holder: dict[str, Any] = run[above[0]] if above else run
+        if last not in holder:
+            return f"expected {_KINDS[kind]} named {name}, found none"
+        if not isinstance(holder[last], kind):
+            return f"expected {name} to be {_KINDS[kind]}, got {_brief(holder[last])}"
+    return ""
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> str:

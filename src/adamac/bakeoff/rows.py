@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from adamac.bakeoff.errors import BadInput
 from adamac.bakeoff.files import write_text
 
 IDENTICAL_DB = 100.0
@@ -146,18 +147,23 @@ def read_rows(path: Path) -> list[Row]:
     """Read every whole row; a torn last line, which a kill can leave, is dropped.
 
     Raises:
-        ValueError: If any other line is not a row: then the file was not written by a run.
+        BadInput: If any other line is not a row: then the file was not written by a run.
     """
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path} is damaged: expected lines of JSON, got {error.reason}") from None
     rows: list[Row] = []
     for number, line in enumerate(lines, start=1):
         try:
             rows.append(Row.from_json(line))
         except ValueError as error:
             if number < len(lines):
-                raise ValueError(f"{path}, line {number}: {error}") from None
+                raise BadInput(
+                    f"{path}, line {number}: {error}; take the line out, and --resume makes its video again"
+                ) from None
     return rows
 
 

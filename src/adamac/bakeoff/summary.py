@@ -178,14 +178,16 @@ def _attention(made: list[Row], directory: RunDirectory) -> Figures:
 
 
 def _density_by_step_layer(rows: list[Row], directory: RunDirectory) -> list[list[float | None]] | None:
-    """Mean over videos; ``None`` if detail files are gone or videos differ in their steps."""
+    """Mean over videos; ``None`` if detail files are gone or damaged, or videos differ in their steps."""
     tables = []
     for row in rows:
         try:
             details = json.loads((directory.path / (row.details or "")).read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError):
+            table = np.array(details["density_by_step_layer"], dtype=np.float64)  # None becomes NaN
+        except (OSError, ValueError, KeyError, TypeError):  # gone or damaged
             continue
-        tables.append(np.array(details["density_by_step_layer"], dtype=np.float64))  # None becomes NaN
+        if table.ndim == 2:
+            tables.append(table)
     if not tables or len({table.shape for table in tables}) > 1:
         return None
     average = np.mean(tables, axis=0)

@@ -52,13 +52,10 @@ def draw(directory: RunDirectory) -> dict[str, Any]:
     """Write ``summary.json`` and ``report/index.html`` from the rows, and return the summary.
 
     Raises:
-        BadInput: If the directory holds no run, or a run without a finished video.
+        BadInput: If the directory holds no run, one without a finished video, or damaged files.
     """
     run = directory.read_run()
-    try:
-        rows = read_rows(directory.rows)
-    except ValueError as error:
-        raise BadInput(str(error)) from None
+    rows = read_rows(directory.rows)
     if not rows:
         raise BadInput(f"{directory.path} holds a run without any finished video yet")
     summary = summarise(run, rows, directory)
