@@ -10,6 +10,8 @@ import pytest
 
 import adamac
 from adamac import cli
+from adamac.bakeoff.device import find_device
+from adamac.bakeoff.errors import BadInput
 from adamac.extras import EXTRAS
 
 # What a wheel without extras lacks; jinja2 and filelock come with torch.
@@ -88,6 +90,28 @@ def test_extras_are_those_of_the_package():
         assert modules == {MODULES.get(name, name) for name in names} | inherited
 
 
+def test_version_is_an_option_too(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == adamac.__version__
+
+
+@pytest.mark.parametrize("options", [["--dtype", "float3"], ["--device", "abacus"], ["--device", "cuda:9"]])
+def test_a_wrong_device_or_dtype_is_refused_before_a_model_is_looked_for(capsys, tmp_path, options):
+    command = ["bakeoff", "--model", "owner/name", "--out", str(tmp_path / "run"), *options]
+    assert cli.main(command) == 2
+    said = capsys.readouterr()
+    assert options[1] in said.err
+    assert "loading" not in said.out
+
+
+def test_a_gpu_that_is_not_there_is_refused_by_its_number(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert str(find_device("cuda:1")) == "cuda:1"
+    with pytest.raises(BadInput, match="cuda:2 was asked for, but GPUs here are cuda:0 to cuda:1"):
+        find_device("cuda:2")
+
+
 @pytest.fixture
 def world(tmp_path, monkeypatch):
     """A folder with the things that commands are given, and its state before and after."""
@@ -132,6 +156,13 @@ def files(folder) -> dict[str, bytes]:
         (["bakeoff", "--prompts", "prompts.txt", "--seeds", "1", "1"], "seeds must differ"),
         (["bakeoff", "--prompts", "prompts.txt", "--device", "abacus"], "no device 'abacus'"),
         (["bakeoff", "--prompts", "prompts.txt", "--dtype", "float3"], "dtype must be"),
+        (["bakeoff", "--prompts", "prompts.txt", "--dtype", "float8_e4m3fn"], "dtype must be"),
+        (["bakeoff", "--prompts", "prompts.txt", "--device", "meta"], "on meta nothing is computed"),
+        (["bakeoff", "--prompts", "prompts.txt", "--device", "hpu"], "torch cannot use it here"),
+        (["doctor", "--device", "abacus"], "no device 'abacus'; expected auto, cpu, cuda or cuda:1"),
+        (["bench", "attention", "--device", "abacus"], "no device 'abacus'"),
+        (["bench", "attention", "--rounds", "0"], "rounds must be at least 1, got 0"),
+        (["bench", "attention", "--heads", "0"], "heads must be at least 1, got 0"),
         (["report", "nowhere"], "holds no run"),
         (["report", "full"], "holds no run"),
         (["doctor", "no-model"], "no model_index.json"),

@@ -139,7 +139,7 @@ class Bench:
 
 @dataclass(frozen=True)
 class Version:
-    """Print the version."""
+    """Print the version; adamac --version does, too."""
 
 
 Command = (
@@ -156,10 +156,13 @@ Command = (
 def bakeoff(options: Bakeoff, console: Console) -> int:
     """Run a bake-off and draw its report."""
     from adamac.bakeoff.config import REFERENCE, Config, RunDirectory
+    from adamac.bakeoff.device import find_device, find_dtype
     from adamac.bakeoff.progress import ConsoleProgress
     from adamac.bakeoff.prompts import choose_prompts
     from adamac.bakeoff.run import run_bakeoff
 
+    device = find_device(options.device)
+    find_dtype(options.dtype, device)
     for drawing in ("jinja2", "matplotlib", "av"):  # missed now, not after the first video or the last one
         import_module(drawing)
     _quiet_loaders()
@@ -177,7 +180,7 @@ def bakeoff(options: Bakeoff, console: Console) -> int:
         fps=options.fps,
         keep=options.keep,
         schedule=_schedule(options),
-        device=_device(options.device),
+        device=str(device),
         dtype=options.dtype,
     )
     directory = RunDirectory(options.out)
@@ -212,11 +215,13 @@ def report(options: Report, console: Console) -> int:
 def doctor(options: Doctor, console: Console) -> int:
     """Say what will be sparse."""
     from adamac.bakeoff.config import Config
+    from adamac.bakeoff.device import find_device
     from adamac.bakeoff.doctor import examine
 
+    device = str(find_device(options.device))
     _quiet_loaders()
     size: dict[str, Any] = {"height": options.height, "width": options.width, "frames": options.frames}
-    config = Config(model=options.model, prompts=(), arms=(), device=_device(options.device), **size)
+    config = Config(model=options.model, prompts=(), arms=(), device=device, **size)
     found = examine(config)
     console.print(found.table())
     console.print(found.remark(), highlight=False)
@@ -225,20 +230,18 @@ def doctor(options: Doctor, console: Console) -> int:
 
 def bench(options: Bench, console: Console) -> int:
     """Time one operation."""
-    import torch
-
+    from adamac.bakeoff.device import find_device, find_dtype
     from adamac.bench.run import bench_attention, table
 
-    device = _device(options.device)
-    name = options.dtype if options.dtype != "auto" else ("float32" if device == "cpu" else "bfloat16")
+    device = find_device(options.device)
     rows = list(
         bench_attention(
             options.shapes,
             options.densities,
             heads=options.heads,
             rounds=options.rounds,
-            device=device,
-            dtype=getattr(torch, name),
+            device=str(device),
+            dtype=find_dtype(options.dtype, device),
             out=options.out,
             key_roots=options.key_roots,
         )
@@ -274,8 +277,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit code.
     """
+    given = sys.argv[1:] if argv is None else list(argv)
     try:
-        options = tyro.cli(Command, prog="adamac", args=argv)
+        options = tyro.cli(Command, prog="adamac", args=["version"] if given == ["--version"] else given)
     except SystemExit as stop:  # tyro, after help or a usage error
         return stop.code if isinstance(stop.code, int) else 2
     run, extra = _RUN[type(options)]
@@ -300,14 +304,6 @@ def entry() -> None:
 
 def _complain(line: str) -> None:
     Console(stderr=True).print(f"adamac: {line}", markup=False, highlight=False, soft_wrap=True)
-
-
-def _device(name: str) -> str:
-    if name != "auto":
-        return name
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _quiet_loaders() -> None:

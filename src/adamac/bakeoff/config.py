@@ -48,7 +48,7 @@ class Config:
         keep: Share of video tokens that every sparse arm reads, in place of its own budget.
         schedule: Which steps and layers stay dense in every sparse arm.
         device: Torch's name of a device.
-        dtype: ``"auto"`` (float32 on a CPU, bfloat16 elsewhere) or torch's name of one.
+        dtype: ``"auto"`` (float32 on a CPU, bfloat16 elsewhere), ``"float32"``, ``"bfloat16"`` or ``"float16"``.
     """
 
     model: str | None

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from adamac.bakeoff.config import Config
+from adamac.bakeoff.device import find_device, find_dtype
 from adamac.bakeoff.errors import BadInput
 
 Pipeline = Any
@@ -31,13 +32,13 @@ def load_pipeline(model: str | None, device: str, dtype: str = "auto") -> Pipeli
     Args:
         model: Directory or hub id; ``None`` is the embedded pipeline.
         device: Torch's name of a device.
-        dtype: ``"auto"`` or torch's name of a floating dtype.
+        dtype: As :func:`adamac.bakeoff.device.find_dtype` takes it.
 
     Raises:
         BadInput: If the device is not there, or the model is not a pipeline that can be loaded.
     """
-    target = _device(device)
-    weights = _dtype(dtype, target)
+    target = find_device(device)
+    weights = find_dtype(dtype, target)
     with warnings.catch_warnings():
         # torch_dtype, which all supported versions of diffusers know, is called dtype in the newest.
         warnings.filterwarnings("ignore", message=".*torch_dtype", category=FutureWarning)
@@ -77,25 +78,6 @@ def frames_per_second(config: Config) -> int:
 
         return embedded.FPS
     return _DEFAULT_FPS
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise BadInput(f"device: torch knows no device {name!r}") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise BadInput(f"device: {name} was asked for, but torch sees no GPU here")
-    return device
-
-
-def _dtype(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise BadInput(f"dtype must be auto, float32, bfloat16 or float16, got {name!r}")
-    return dtype
 
 
 def _embedded(device: torch.device, dtype: torch.dtype) -> Pipeline:

@@ -22,6 +22,7 @@ import torch
 from adamac.attention import Dense
 from adamac.bakeoff.arms import Arm, choose_arms, noise_floor_arm
 from adamac.bakeoff.config import REFERENCE, Case, Config, RunDirectory
+from adamac.bakeoff.device import find_device, find_dtype
 from adamac.bakeoff.errors import BadInput
 from adamac.bakeoff.files import write_json, write_text
 from adamac.bakeoff.generate import Video, generate
@@ -75,6 +76,7 @@ def run_bakeoff(
         BadInput: If something asked for cannot be done; nothing has been written then.
     """
     arms = choose_arms(config.arms, config.keep)
+    find_dtype(config.dtype, find_device(config.device))  # refused now, not when the model was loaded
     who = identity(config, arms)
     directory.check(who, resume)
     bakeoff = _BakeOff(config, arms, directory, progress)

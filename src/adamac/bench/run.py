@@ -46,11 +46,15 @@ def bench_attention(
         Rows, with the machine, versions and commit they were measured on.
 
     Raises:
-        BadInput: If a shape is unknown, or a density or a number of key clusters is out of range.
+        BadInput: If a shape is unknown, or a number is out of range.
     """
     unknown = [name for name in shapes if name not in SHAPES]
     if unknown:
         raise BadInput(f"unknown shape {unknown[0]!r}; known are {', '.join(SHAPES)}")
+    if rounds < 1:
+        raise BadInput(f"rounds must be at least 1, got {rounds}")
+    if heads is not None and heads < 1:
+        raise BadInput(f"heads must be at least 1, got {heads}")
     if bad := [density for density in densities if not 0 < density <= 1]:
         raise BadInput(f"a density must be over 0 and at most 1, got {bad[0]}")
     if bad := [roots for roots in key_roots if not 0.1 <= roots <= 100]:
