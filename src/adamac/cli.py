@@ -231,7 +231,8 @@ def doctor(options: Doctor, console: Console) -> int:
 def bench(options: Bench, console: Console) -> int:
     """Time one operation."""
     from adamac.bakeoff.device import find_device, find_dtype
-    from adamac.bench.run import bench_attention, table
+    from adamac.bench.run import bench_attention
+    from adamac.bench.show import show
 
     device = find_device(options.device)
     rows = list(
@@ -246,7 +247,7 @@ def bench(options: Bench, console: Console) -> int:
             key_roots=options.key_roots,
         )
     )
-    console.print(table(rows))
+    show(rows, console)
     return 0
 
 

@@ -166,7 +166,7 @@ class Times:
     def row(self, name: str, fastest: str) -> dict[str, Any]:
         """A contender's times, and its speed-up over the fastest dense one, round by round."""
         series = self._device[name]
-        spread = quantiles(series, n=5) if len(series) > 1 else series
+        spread = quantiles(series, n=5, method="inclusive") if len(series) > 1 else series
         ratios = [base / own for base, own in zip(self._device[fastest], series, strict=True)]
         return {
             "time_ms": median(series),

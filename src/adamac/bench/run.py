@@ -1,4 +1,4 @@
-"""Run the benchmark of one operation at several shapes: rows as they come, and a table."""
+"""Run the benchmark of one operation at several shapes: rows as they come."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
 
 from adamac.attention import AdaCluster
 from adamac.bakeoff.errors import BadInput
@@ -88,18 +87,3 @@ def bench_attention(
                 with out.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(whole) + "\n")
             yield whole
-
-
-def table(rows: list[dict[str, Any]]) -> Table:
-    """Lay rows out for a terminal."""
-    drawn = Table(title="one self-attention call, milliseconds")
-    for column in ("shape", "arm", "p50", "p20", "p80", "host", "x fastest dense", "density", "cost", "impl"):
-        drawn.add_column(column, justify="left" if column in ("shape", "arm", "impl") else "right")
-    for row in rows:
-        if "refused" in row:
-            drawn.add_row(row["shape"], row["arm"], "-", "", "", "", "", "", "", row["refused"])
-            continue
-        times = [f"{row[name]:.3g}" for name in ("time_ms", "time_ms_p20", "time_ms_p80", "host_ms")]
-        shares = [f"{row[name]:.1%}" if name in row else "" for name in ("density", "cost")]
-        drawn.add_row(row["shape"], row["arm"], *times, f"{row['speedup']:.2f}", *shares, row.get("impl", ""))
-    return drawn
