@@ -319,10 +319,13 @@ def _quiet_loaders() -> None:
 
 def _draw(directory: Any, console: Console) -> None:
     from adamac.bakeoff.report import draw
-    from adamac.bakeoff.report.table import arms_table
+    from adamac.bakeoff.report.table import arms_table, lines
+    from adamac.bakeoff.rows import read_rows
 
     summary = draw(directory)
     console.print(arms_table(summary))
+    for line in lines(summary, read_rows(directory.rows)):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     console.print(f"report: {directory.report}", highlight=False, soft_wrap=True)
 
 

@@ -59,6 +59,16 @@ def test_the_page_is_one_file_without_addresses(finished):
         assert address not in page
 
 
+def test_the_page_of_a_short_run_tells_the_largest_latency_and_no_percentile(finished):
+    draw(finished)
+    arms = finished.report.read_text().partition("<h2>Arms</h2>")[2].partition("</table>")[0]
+    assert "<th>largest</th>" in arms
+    assert "<th>p99</th>" not in arms
+    assert "too few videos to tell" in arms
+    columns = [line.count("<td") for line in arms.split("<tr")[3:]]
+    assert columns == [11, 11]
+
+
 def test_prompts_and_reasons_are_escaped(finished):
     draw(finished)
     page = finished.report.read_text()

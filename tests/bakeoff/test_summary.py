@@ -1,8 +1,12 @@
 """Figures from rows that were made up, so that each can be worked out by hand."""
 
+import io
+
 import pytest
+from rich.console import Console
 
 from adamac.bakeoff.config import RunDirectory
+from adamac.bakeoff.report.table import arms_table, lines
 from adamac.bakeoff.report.words import verdict, warnings
 from adamac.bakeoff.rows import Row
 from adamac.bakeoff.summary import summarise
@@ -107,6 +111,49 @@ def test_the_noise_floor_is_the_dense_arm_that_nobody_asked_for(rows, tmp_path):
     rows.append(row("dense-math", 0, 30.0, psnr_db=44.0, ssim=0.98))
     floor = summary_of(rows, tmp_path)["noise_floor"]
     assert (floor["arm"], floor["psnr_db"], floor["videos"]) == ("dense-math", 44, 1)
+
+
+def test_the_noise_floors_time_plays_no_part_however_short(rows, tmp_path):
+    rows.append(row("dense-math", 0, 1.0, psnr_db=44.0, ssim=0.98, first_call=True))
+    found = summary_of(rows, tmp_path)
+    assert found["strongest_dense"] == "dense-flash"
+    assert found["arms"]["adacluster"]["speedup"] == 2
+
+
+def terminal(rows: list[Row], tmp_path) -> str:
+    found = summary_of(rows, tmp_path)
+    page = io.StringIO()
+    Console(file=page, width=80).print(arms_table(found))
+    return page.getvalue() + "\n".join(lines(found, rows))
+
+
+def test_of_few_videos_the_terminal_tells_the_largest_and_no_percentile(rows, tmp_path):
+    rows[0].latency_s = 17.5
+    said = terminal(rows, tmp_path)
+    assert "largest s" in said
+    assert "17.5" in said
+    assert "p95" not in said
+    assert "p99" not in said
+
+
+def test_of_ten_videos_the_terminal_tells_percentiles(tmp_path):
+    rows = [row("dense", place % 4, 10.0, seed=place // 4) for place in range(12)]
+    said = terminal(rows, tmp_path)
+    assert "p99 s" in said
+    assert "largest" not in said
+
+
+def test_a_speedup_of_few_videos_is_said_to_be_unsure(rows, tmp_path):
+    few = [each for each in rows if each.prompt_id in ("p0", "p1", "p2")]
+    assert "2.00\u00d7 the strongest dense arm's speed (too few videos to tell" in terminal(few, tmp_path)
+    assert "too few" not in terminal(rows, tmp_path)
+
+
+def test_the_terminal_says_why_nothing_was_sparse(tmp_path):
+    rows = [row("dense", 0, 10.0), sparse(0, 10.0, sparse_calls=0, dense_calls={"schedule: first": 10})]
+    said = terminal(rows, tmp_path)
+    assert "adacluster ran dense throughout" in said
+    assert "adacluster: no call was sparse: schedule: first (10)." in said
 
 
 def test_failures_are_counted_with_their_reasons(rows, tmp_path):

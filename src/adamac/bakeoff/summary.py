@@ -44,16 +44,20 @@ def summarise(run: Figures, rows: list[Row], directory: RunDirectory) -> Figures
         JSON-ready: ``arms``, ``categories``, ``noise_floor``, ``strongest_dense`` and ``run``.
     """
     by_arm = _group(rows, lambda row: row.arm)
-    dense = {arm: _warm(of_arm) for arm, of_arm in by_arm.items() if arm not in run["methods"]}
+    asked = run["config"]["arms"]
+    unasked = [arm for arm in by_arm if arm not in asked and arm not in run["methods"] and arm != REFERENCE]
+    floor = unasked[0] if unasked else None
+    # The noise floor's time plays no part: it made one video, and was not warmed up.
+    dense = {
+        arm: _warm(of_arm) for arm, of_arm in by_arm.items() if arm not in run["methods"] and arm != floor
+    }
     medians = {arm: figure for arm, warm in dense.items() if (figure := median(_latencies(warm))) is not None}
     strongest = min(medians, key=medians.__getitem__) if medians else None
     rivals = dense[strongest] if strongest else []
-    asked = run["config"]["arms"]
-    floor = [arm for arm in by_arm if arm not in asked and arm in dense and arm != REFERENCE]
     return {
         "run": run,
         "strongest_dense": strongest,
-        "noise_floor": _noise_floor(floor[0], by_arm[floor[0]]) if floor else None,
+        "noise_floor": _noise_floor(floor, by_arm[floor]) if floor else None,
         "arms": {arm: _arm(arm, run, of_arm, rivals, directory) for arm, of_arm in by_arm.items()},
         "categories": {
             category: {
@@ -84,6 +88,7 @@ def _arm(arm: str, run: Figures, rows: list[Row], rivals: list[Row], directory: 
     ):
         for share in (50, 95, 99):
             figures[f"{name}_p{share}_s"] = percentile(values, share / 100)
+    figures["latency_max_s"] = max(_latencies(warm), default=None)
     figures |= _speedup(warm, rivals)
     figures |= _first_call(run["first_calls"].get(arm), warm)
     figures |= {

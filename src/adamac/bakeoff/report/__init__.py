@@ -14,7 +14,7 @@ from typing import Any
 from adamac.bakeoff.config import RunDirectory
 from adamac.bakeoff.errors import BadInput
 from adamac.bakeoff.files import write_json, write_text
-from adamac.bakeoff.report.words import FILTERS, verdict, warnings
+from adamac.bakeoff.report.words import FILTERS, TOO_FEW, has_tail, verdict, warnings
 from adamac.bakeoff.rows import Row, read_rows
 from adamac.bakeoff.summary import summarise
 
@@ -84,6 +84,8 @@ def render(summary: dict[str, Any], rows: list[Row], directory: RunDirectory) ->
         run=summary["run"],
         arms=summary["arms"],
         verdict=verdict(summary),
+        has_tail=has_tail(summary),
+        too_few=TOO_FEW,
         warnings=warnings(summary, rows),
         cases=_cases(rows, list(summary["arms"]), directory),
         charts=charts.draw_all(summary, rows, colours),

@@ -9,6 +9,12 @@ from adamac.bakeoff.rows import IDENTICAL_DB, Row
 
 _NONE = "\N{EN DASH}"
 
+TOO_FEW = "too few videos to tell"
+"""What stands for an interval that cannot be given."""
+
+# Of fewer videos the 99th percentile, and the 95th, are the largest by another name.
+_LEAST_FOR_TAIL = 10
+
 
 def number(value: float | None, digits: int = 2, unit: str = "") -> str:
     """A number with so many decimals and its unit, or a dash."""
@@ -80,7 +86,7 @@ def _gain(name: str, arm: dict[str, Any]) -> str:
     sentence = f"{name} takes {seconds(arm['latency_p50_s'])} a video, {times(arm['speedup'])} the strongest dense arm's speed"
     bounds = arm["speedup_interval"]
     if bounds is None:
-        return sentence
+        return f"{sentence} ({TOO_FEW} how sure that is)"
     unsure = ", which is not to be told from 1" if bounds[0] <= 1 <= bounds[1] else ""
     return f"{sentence} (95 % interval {interval(bounds)}{unsure})"
 
@@ -89,6 +95,12 @@ def _distance(arm: dict[str, Any]) -> str:
     if arm["psnr_db"] is None or not arm["sparse_calls"]:
         return ""
     return f"; against dense it has {decibels(arm['psnr_db'])} PSNR and {arm['ssim']:.3f} SSIM"
+
+
+def has_tail(summary: dict[str, Any]) -> bool:
+    """Whether some arm made videos enough for a tail of their latencies; otherwise the largest is told."""
+    timed = (arm["warm_calls"] or arm["videos"] for arm in summary["arms"].values())
+    return max(timed, default=0) >= _LEAST_FOR_TAIL
 
 
 def is_floor(summary: dict[str, Any], name: str) -> bool:
