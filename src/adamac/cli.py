@@ -55,6 +55,8 @@ class Bakeoff:
             attention to pay on this device, as it was measured: the embedded model's on a GPU, for instance.
         device: "auto", "cpu", "cuda" or "cuda:1".
         dtype: "auto" (float32 on a CPU, bfloat16 elsewhere), "float32", "bfloat16" or "float16".
+        compile: Compile the transformer's blocks (torch.compile) for every arm, dense too. The first video of each arm,
+            which is thrown away, takes longer then.
         out: Directory for rows, videos, summary and report.
         resume: Go on with the run that is in the directory.
     """
@@ -76,6 +78,7 @@ class Bakeoff:
     min_tokens: int | None = None
     device: str = "auto"
     dtype: str = "auto"
+    compile: bool = False
     out: Path = Path("out/demo")
     resume: bool = False
 
@@ -182,6 +185,7 @@ def bakeoff(options: Bakeoff, console: Console) -> int:
         schedule=_schedule(options),
         device=str(device),
         dtype=options.dtype,
+        compile=options.compile,
     )
     directory = RunDirectory(options.out)
     try:

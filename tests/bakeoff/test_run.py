@@ -1,14 +1,20 @@
 """The loop, on a play pipeline: what a run writes, survives and refuses."""
 
+import functools
+import itertools
 import json
 
 import numpy as np
 import pytest
+import torch
 from play import config_of
+from torch._dynamo.testing import CompileCounter
 
 from adamac.bakeoff.arms import ARMS, Arm, choose_arms
 from adamac.bakeoff.config import RunDirectory
 from adamac.bakeoff.errors import BadInput
+from adamac.bakeoff.generate import generate
+from adamac.bakeoff.report import draw
 from adamac.bakeoff.rows import IDENTICAL_DB, read_rows
 from adamac.bakeoff.run import run_bakeoff
 
@@ -248,3 +254,78 @@ def test_unknown_and_repeated_arms_are_refused():
 def test_settings_out_of_range_are_refused(changes):
     with pytest.raises(BadInput, match=next(iter(changes))):
         config_of("a ball", **changes)
+
+
+TINY = {"steps": 2, "height": 64, "width": 64, "frames": 7, "guidance": 1.0}
+
+
+@pytest.fixture
+def compiler(monkeypatch):
+    """Count what is compiled, without waiting for a compiler."""
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    yield counter
+    torch._dynamo.reset()
+
+
+def test_every_arm_is_compiled_before_anything_is_timed(
+    tiny_model, directory, progress, compiler, monkeypatch
+):
+    ran: list[tuple[str, bool, int]] = []
+
+    def watched(pipe, arm, *rest):
+        video = generate(pipe, arm, *rest)
+        compiled = all(block._compiled_call_impl is not None for block in pipe.transformer.blocks)
+        ran.append((arm.name, compiled, compiler.frame_count))
+        return video
+
+    monkeypatch.setattr("adamac.bakeoff.run.generate", watched)
+    config = config_of(
+        "a red ball",
+        "a ball moves",
+        model=str(tiny_model),
+        arms=("dense", "adacluster", "svg2"),
+        compile=True,
+        **TINY,
+    )
+    rows = run_bakeoff(config, directory, progress)
+    assert [row.reason for row in rows if not row.ok] == []
+    assert {name for name, compiled, _ in ran if not compiled} == {"dense-math"}
+    warm_ups = ran[: len(ran) - len(rows)]
+    assert {"dense", "adacluster", "svg2"} <= {name for name, *_ in warm_ups}
+    assert 0 < warm_ups[0][2] <= warm_ups[-1][2] == ran[-1][2]
+    assert not any(row.first_call for row in rows if row.arm != "dense-math")
+    assert all(row.sparse_calls for row in rows if row.arm in ("adacluster", "svg2"))
+    draw(directory)
+    assert "<dt>Compiled</dt>" in directory.report.read_text()
+
+
+def test_a_video_in_which_something_was_compiled_is_a_first_call(play, directory, progress, monkeypatch):
+    graphs = itertools.chain([0, 0, 0, 1], itertools.repeat(1))  # before and after each video
+    monkeypatch.setattr("adamac.bakeoff.run.graphs_compiled", lambda: next(graphs))
+    rows = run_bakeoff(config_of("a ball", "a fox"), directory, progress)
+    assert [row.first_call for row in rows] == [False, True, False, False]
+
+
+def test_a_compiled_run_is_another_run(play, directory, progress):
+    run_bakeoff(config_of("a ball"), directory, progress)
+    other = config_of("a ball", arms=("dense",), compile=True)
+    with pytest.raises(BadInput, match="compile: False there, True here"):
+        run_bakeoff(other, directory, progress, resume=True)
+
+
+def test_a_run_from_before_compiling_goes_on(play, directory, progress):
+    rows = run_bakeoff(config_of("a ball"), directory, progress)
+    run = json.loads(directory.run.read_text())
+    del run["config"]["compile"]
+    directory.run.write_text(json.dumps(run))
+    assert run_bakeoff(config_of("a ball"), directory, progress, resume=True) == rows
+
+
+def test_what_cannot_be_compiled_is_refused_and_leaves_nothing_behind(play, directory, progress):
+    with pytest.raises(BadInput, match="dense-math cannot be compiled"):
+        run_bakeoff(config_of("a ball", compile=True), directory, progress)
+    with pytest.raises(BadInput, match="compile: "):
+        run_bakeoff(config_of("a ball", arms=("dense",), compile=True), directory, progress)
+    assert not directory.path.exists()

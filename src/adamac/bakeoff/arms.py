@@ -80,15 +80,19 @@ ARMS: dict[str, Arm] = {arm.name: arm for arm in _ALL}
 """Every arm by its name."""
 
 
-def choose_arms(names: tuple[str, ...], keep: float | None = None) -> tuple[Arm, ...]:
+def choose_arms(
+    names: tuple[str, ...], keep: float | None = None, *, compiled: bool = False
+) -> tuple[Arm, ...]:
     """Look arms up.
 
     Args:
         names: Names from :data:`ARMS`.
         keep: If given, every sparse arm reads this share of the video tokens in place of its own budget.
+        compiled: Whether blocks will be compiled.
 
     Raises:
-        BadInput: If a name is unknown or given twice, the reference is not among them, or ``keep`` is out of range.
+        BadInput: If a name is unknown or given twice, the reference is not among them, ``keep`` is out of range, or an arm
+            that names its kernel is to be compiled.
     """
     for name in names:
         if name not in ARMS:
@@ -98,6 +102,11 @@ def choose_arms(names: tuple[str, ...], keep: float | None = None) -> tuple[Arm,
     if REFERENCE not in names:
         raise BadInput(f"arms: {REFERENCE} must be among them, since all others are compared with it")
     chosen = tuple(ARMS[name] for name in names)
+    if compiled and (named := [arm.name for arm in chosen if arm.kernel is not None]):
+        raise BadInput(
+            f"arms: {named[0]} cannot be compiled, since compiled blocks keep the kernel that they were compiled with; "
+            "leave it out, or run without --compile"
+        )
     if keep is None:
         return chosen
     try:

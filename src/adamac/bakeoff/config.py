@@ -49,6 +49,7 @@ class Config:
         schedule: Which steps and layers stay dense in every sparse arm.
         device: Torch's name of a device.
         dtype: ``"auto"`` (float32 on a CPU, bfloat16 elsewhere), ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+        compile: Compile the transformer's blocks for every arm; see :mod:`adamac.bakeoff.compiled`.
     """
 
     model: str | None
@@ -65,6 +66,7 @@ class Config:
     schedule: Schedule = field(default_factory=Schedule)
     device: str = "cpu"
     dtype: str = "auto"
+    compile: bool = False
 
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
@@ -134,6 +136,7 @@ class RunDirectory:
             raise BadInput(
                 f"{self.run} is damaged: {damage}; restore the file, or make the run again in another directory"
             )
+        run["config"].setdefault("compile", False)  # of a version that could not
         return run
 
     def check(self, identity: dict[str, Any], resume: bool) -> None:

@@ -40,7 +40,7 @@ class Row:
         seed: Seed of the initial noise.
         status: ``"ok"`` or ``"error"``.
         reason: Why it is an error.
-        first_call: Whether this was the arm's first call in its process, without a warm-up before it.
+        first_call: Whether this was the arm's first call in its process, without a warm-up before it, or compiled something.
         latency_s: The whole pipeline call: text, denoising, decoding.
         text_s: From the call to the first denoising step: text encoding and preparation.
         denoise_s: All denoising steps.

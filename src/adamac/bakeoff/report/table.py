@@ -14,7 +14,8 @@ from adamac.bakeoff.rows import Row
 def arms_table(summary: dict[str, Any]) -> Table:
     """One line an arm, narrow enough for 80 columns."""
     arms = summary["arms"]
-    title = f"speed-up over {summary['strongest_dense'] or 'nothing'}, quality against dense"
+    compiled = ", all compiled" if summary["run"]["config"].get("compile") else ""
+    title = f"speed-up over {summary['strongest_dense'] or 'nothing'}{compiled}, quality against dense"
     table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     latencies = {"p50 s": "latency_p50_s"}
     latencies |= (
