@@ -7,6 +7,7 @@ standard error and exit code 2; a run that was broken off exits with 130, one in
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -304,6 +305,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def entry() -> None:
     """Run as a program."""
+    # torch warns where there is no numpy; commands that need it say so in a line, the others do not need it.
+    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     sys.exit(main())
 
 
