@@ -6,10 +6,11 @@
 #   attention=230  one call at 15 and 8 %, all shapes, all rivals, also with 6 root-N key clusters    densities=150  the same at 30 and 5 %
 #   cog=60 wan1=130 wan14=200 hunyuan=240 hunyuan193=290            denoising steps of real transformers, random weights
 #   rivals=70                                                       the same for the paper's settings and SVG2's, Wan2.1-1.3B
-#   wan14rivals=140 hunyuanrivals=150                               on the large models, one or two steps each
+#   wan14rivals=140 hunyuanrivals=150 hunyuan193rivals=220          on the large models, one or two steps each
 #   cogc=90 wan1c=110 wan14c=215 hunyuanc=250 hunyuan193c=430        the same compiled, over stock diffusers as it comes
 #   crossover=70                                                    from how much work on sparse attention pays
 #   stock193=115                                                    a step of stock diffusers at HunyuanVideo's 193 frames
+#   scaling=330                                                     one video on one GPU and on all of them, for machines of several
 # A rehearsal without a GPU: EXTRA=--tiny SHAPES=tiny bash benchmarks/gpu.sh out/rehearsal attention wan14
 set -u
 OUT=${1:?a folder for rows}; shift
@@ -21,8 +22,20 @@ steps() {
   local file=$1; shift
   python3 -m benchmarks.end_to_end run --out "$OUT/$file.jsonl" ${COMMIT:+--commit $COMMIT} $EXTRA "$@"
 }
-export -f bench steps
-QUICK="--rounds 1 --first-steps 0 --no-guidance"
+# Each model on a GPU of its own, side by side; then both spread over all GPUs. Before anything is timed, small models of all
+# families have to make the same video spread as alone.
+scaling() {
+  local all="python3 -m torch.distributed.run --standalone --nproc-per-node ${RANKS:-gpu} -m benchmarks.end_to_end" device=cuda
+  [ -n "$EXTRA" ] && device=cpu
+  local many="run --out $OUT/scaling.jsonl ${COMMIT:+--commit $COMMIT} $EXTRA $QUICK --dense-steps 1 --arms best_dense default_15"
+  $all check --device $device || return 1
+  CUDA_VISIBLE_DEVICES=0 python3 -m benchmarks.end_to_end ${many/scaling/scaling_one} --models wan-14b --sparse-steps 3 --minutes 1.5 &
+  CUDA_VISIBLE_DEVICES=1 python3 -m benchmarks.end_to_end ${many/scaling/scaling_other} --models hunyuan-129f --sparse-steps 3 --minutes 1.5 &
+  wait
+  $all $many --models wan-14b hunyuan-129f --sparse-steps 4 --minutes 2.5
+}
+export -f bench steps scaling
+export QUICK="--rounds 1 --first-steps 0 --no-guidance"
 COMPILED="--arms best_dense+compile default_15+compile default_8+compile stock"
 for each in "$@"; do
   part=${each%%=*}; limit=${each#*=}; [ "$limit" = "$each" ] && limit=200
@@ -44,6 +57,8 @@ for each in "$@"; do
     wan14) run="steps end_to_end --models wan-14b --arms best_dense default_15 default_8 stock paper $QUICK --dense-steps 3 --sparse-steps 4" ;;
     wan14c) run="steps compiled --models wan-14b $COMPILED $QUICK --dense-steps 2 --sparse-steps 4" ;;
     hunyuanc) run="steps compiled --models hunyuan-129f $COMPILED $QUICK --dense-steps 1 --sparse-steps 3" ;;
+    hunyuan193rivals) run="steps end_to_end --models hunyuan-193f --arms best_dense svg2 $QUICK --dense-steps 1 --sparse-steps 1" ;;
+    scaling) run="scaling" ;;
     hunyuan193c) run="steps compiled --models hunyuan-193f --arms default_15+compile default_8+compile best_dense+compile stock $QUICK --dense-steps 1 --sparse-steps 2" ;;
     hunyuan) run="steps end_to_end --models hunyuan-129f --arms default_15 default_8 best_dense stock paper --rounds 1 --first-steps 0 --dense-steps 1 --sparse-steps 3" ;;
     hunyuan193) run="steps end_to_end --models hunyuan-193f --arms default_8 default_15 best_dense stock --rounds 1 --first-steps 0 --dense-steps 1 --sparse-steps 3" ;;
