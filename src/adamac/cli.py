@@ -58,6 +58,8 @@ class Bakeoff:
         dtype: "auto" (float32 on a CPU, bfloat16 elsewhere), "float32", "bfloat16" or "float16".
         compile: Compile the transformer's blocks (torch.compile) for every arm, dense too. The first video of each arm,
             which is thrown away, takes longer then.
+        setup: FILE.py:FUNCTION of your own that makes the loaded pipeline ready and puts it where it runs: LoRA, offload,
+            quantised weights, another scheduler.
         out: Directory for rows, videos, summary and report.
         resume: Go on with the run that is in the directory.
     """
@@ -80,6 +82,7 @@ class Bakeoff:
     device: str = "auto"
     dtype: str = "auto"
     compile: bool = False
+    setup: str | None = None
     out: Path = Path("out/demo")
     resume: bool = False
 
@@ -164,6 +167,7 @@ def bakeoff(options: Bakeoff, console: Console) -> int:
     from adamac.bakeoff.progress import ConsoleProgress
     from adamac.bakeoff.prompts import choose_prompts
     from adamac.bakeoff.run import run_bakeoff
+    from adamac.bakeoff.setup import Setup
 
     device = find_device(options.device)
     find_dtype(options.dtype, device)
@@ -187,6 +191,7 @@ def bakeoff(options: Bakeoff, console: Console) -> int:
         device=str(device),
         dtype=options.dtype,
         compile=options.compile,
+        setup=None if options.setup is None else Setup.parse(options.setup),
     )
     directory = RunDirectory(options.out)
     try:

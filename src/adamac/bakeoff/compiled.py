@@ -12,8 +12,8 @@ from contextlib import contextmanager
 
 import torch
 
-from adamac.bakeoff.errors import BadInput
-from adamac.bakeoff.pipelines import Pipeline, one_line
+from adamac.bakeoff.errors import BadInput, one_line
+from adamac.bakeoff.pipelines import Pipeline
 
 
 def compile_blocks(pipe: Pipeline) -> None:

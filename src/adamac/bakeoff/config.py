@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 from adamac.attention import Schedule
 from adamac.bakeoff.errors import BadInput
 from adamac.bakeoff.prompts import Prompt
+from adamac.bakeoff.setup import Setup
 
 REFERENCE = "dense"
 """The arm that every other is compared with: the pipeline as it is."""
@@ -50,6 +51,7 @@ class Config:
         device: Torch's name of a device.
         dtype: ``"auto"`` (float32 on a CPU, bfloat16 elsewhere), ``"float32"``, ``"bfloat16"`` or ``"float16"``.
         compile: Compile the transformer's blocks for every arm; see :mod:`adamac.bakeoff.compiled`.
+        setup: Makes the pipeline ready once it is loaded, and puts it where it runs.
     """
 
     model: str | None
@@ -67,6 +69,7 @@ class Config:
     device: str = "cpu"
     dtype: str = "auto"
     compile: bool = False
+    setup: Setup | None = None
 
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
@@ -136,7 +139,8 @@ class RunDirectory:
             raise BadInput(
                 f"{self.run} is damaged: {damage}; restore the file, or make the run again in another directory"
             )
-        run["config"].setdefault("compile", False)  # of a version that could not
+        for name, value in (("compile", False), ("setup", None)):  # of a version that could not
+            run["config"].setdefault(name, value)
         return run
 
     def check(self, identity: dict[str, Any], resume: bool) -> None:

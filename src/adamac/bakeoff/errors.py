@@ -9,3 +9,9 @@ class BadInput(ValueError):
     The message is one line that names what came, what was expected and, where there is one, the remedy. The command line
     prints it and exits with code 2.
     """
+
+
+def one_line(error: BaseException) -> str:
+    """An exception in one line: its type and the first line of its message."""
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__

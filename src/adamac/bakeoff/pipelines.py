@@ -11,7 +11,7 @@ import torch
 
 from adamac.bakeoff.config import Config
 from adamac.bakeoff.device import find_device, find_dtype
-from adamac.bakeoff.errors import BadInput
+from adamac.bakeoff.errors import BadInput, one_line
 
 Pipeline = Any
 """A diffusers pipeline; what is asked of it here is what all of them have, not what their base class declares."""
@@ -26,13 +26,14 @@ _SETTINGS = {
 }
 
 
-def load_pipeline(model: str | None, device: str, dtype: str = "auto") -> Pipeline:
+def load_pipeline(model: str | None, device: str, dtype: str = "auto", *, place: bool = True) -> Pipeline:
     """Load a diffusers pipeline and put it on a device.
 
     Args:
         model: Directory or hub id; ``None`` is the embedded pipeline.
         device: Torch's name of a device.
         dtype: As :func:`adamac.bakeoff.device.find_dtype` takes it.
+        place: Whether to put it there; else it stays on the processor.
 
     Raises:
         BadInput: If the device is not there, or the model is not a pipeline that can be loaded.
@@ -42,7 +43,8 @@ def load_pipeline(model: str | None, device: str, dtype: str = "auto") -> Pipeli
     with warnings.catch_warnings():
         # torch_dtype, which all supported versions of diffusers know, is called dtype in the newest.
         warnings.filterwarnings("ignore", message=".*torch_dtype", category=FutureWarning)
-        pipe = _embedded(target, weights) if model is None else _from_pretrained(model, weights).to(target)
+        where = target if place else torch.device("cpu")
+        pipe = _embedded(where, weights) if model is None else _from_pretrained(model, weights).to(where)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -100,9 +102,3 @@ def _from_pretrained(model: str, dtype: torch.dtype) -> Pipeline:
         return DiffusionPipeline.from_pretrained(model, torch_dtype=dtype)
     except Exception as error:  # whatever a broken or missing model makes the loaders raise
         raise BadInput(f"model: {model} cannot be loaded ({one_line(error)})") from None
-
-
-def one_line(error: BaseException) -> str:
-    """An exception in one line: its type and the first line of its message."""
-    first = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__

@@ -25,12 +25,12 @@ from adamac.bakeoff.arms import Arm, choose_arms, noise_floor_arm
 from adamac.bakeoff.compiled import compile_blocks, graphs_compiled, uncompiled
 from adamac.bakeoff.config import REFERENCE, Case, Config, RunDirectory
 from adamac.bakeoff.device import find_device, find_dtype
-from adamac.bakeoff.errors import BadInput
+from adamac.bakeoff.errors import BadInput, one_line
 from adamac.bakeoff.files import write_json, write_text
 from adamac.bakeoff.generate import Video, generate
 from adamac.bakeoff.machine import machine_stamp
 from adamac.bakeoff.metrics.video import compare
-from adamac.bakeoff.pipelines import call_arguments, frames_per_second, load_pipeline, one_line
+from adamac.bakeoff.pipelines import Pipeline, call_arguments, frames_per_second, load_pipeline
 from adamac.bakeoff.rows import Row, append_row, read_rows, write_rows
 from adamac.bakeoff.videos import write_video
 
@@ -117,7 +117,7 @@ class _BakeOff:
         """
         self.progress.begins(sum(len(arms) for _, arms in self.plan), len(self.rows))
         self.progress.works_on("loading the model")
-        self.pipe = load_pipeline(self.config.model, self.config.device, self.config.dtype)
+        self.pipe = self._ready_pipeline()
         if self.config.compile:
             compile_blocks(self.pipe)
         self.arguments = call_arguments(self.pipe, self.config)
@@ -138,6 +138,12 @@ class _BakeOff:
             "first_calls": first_calls,
             "dense_attention_share": share,
         }
+
+    def _ready_pipeline(self) -> Pipeline:
+        asked = (self.config.model, self.config.device, self.config.dtype)
+        if self.config.setup is None:
+            return load_pipeline(*asked)
+        return self.config.setup.make_ready(load_pipeline(*asked, place=False))
 
     def open_rows(self, about: dict[str, Any]) -> None:
         """Begin the files of a run, or those of one that goes on.

@@ -1,0 +1,101 @@
+"""Claims about pipelines that the user makes ready."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from adamac import cli
+from adamac.bakeoff.config import Config, RunDirectory
+from adamac.bakeoff.errors import BadInput
+from adamac.bakeoff.prompts import Prompt
+from adamac.bakeoff.run import generate, run_bakeoff
+from adamac.bakeoff.setup import Setup
+
+SCHEDULER = r"""
+from diffusers import UniPCMultistepScheduler
+
+def other_scheduler(pipe):
+    assert pipe.device.type == "cpu"
+    pipe.scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    pipe.to("cpu")
+
+def fails(pipe):
+    raise RuntimeError("no such adapter\nin the second line")
+
+not_a_function = 3
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.py"
+    path.write_text(SCHEDULER)
+    return path
+
+
+def config(model: Path, setup: Setup | None) -> Config:
+    prompts = (Prompt("p0", "category", "a fox"),)
+    size = {"steps": 2, "height": 64, "width": 64, "frames": 5}
+    return Config(str(model), prompts, ("dense", "adacluster"), setup=setup, **size)
+
+
+def test_arms_run_on_the_pipeline_that_was_made_ready_and_another_setup_is_another_run(
+    tiny_model, file, tmp_path, progress, monkeypatch
+):
+    used = []
+
+    def watched(pipe, *rest):
+        used.append(type(pipe.scheduler).__name__)
+        return generate(pipe, *rest)
+
+    monkeypatch.setattr("adamac.bakeoff.run.generate", watched)
+    directory = RunDirectory(tmp_path / "run")
+    rows = run_bakeoff(config(tiny_model, Setup.parse(f"{file}:other_scheduler")), directory, progress)
+    assert all(row.ok for row in rows)
+    assert set(used) == {"UniPCMultistepScheduler"}
+    file.write_text(SCHEDULER + "# changed\n")
+    for changed in (Setup.parse(f"{file}:other_scheduler"), None):
+        with pytest.raises(BadInput, match="setup"):
+            run_bakeoff(config(tiny_model, changed), directory, progress, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("mine.py", "setup must be FILE.py:FUNCTION, got 'mine.py'"),
+        ("mine.py:", "setup must be FILE.py:FUNCTION, got 'mine.py:'"),
+        ("nowhere.py:ready", "nowhere.py cannot be read \\(No such file or directory\\)"),
+    ],
+)
+def test_what_names_no_function_is_refused(text, message):
+    with pytest.raises(BadInput, match=message):
+        Setup.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("absent", "has no function absent"),
+        ("not_a_function", "has no function not_a_function"),
+        ("fails", "fails raised RuntimeError: no such adapter$"),
+    ],
+)
+def test_a_function_that_is_not_there_or_fails_is_one_line(file, function, message):
+    with pytest.raises(BadInput, match=message):
+        Setup.parse(f"{file}:{function}").make_ready(object())
+
+
+def test_a_file_that_is_no_python_is_one_line(file):
+    file.write_text("def (")
+    with pytest.raises(BadInput, match=r"mine\.py raised SyntaxError"):
+        Setup.parse(f"{file}:ready").make_ready(object())
+
+
+def test_the_command_takes_it_and_writes_nothing_when_it_fails(tiny_model, file, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = ["bakeoff", "--model", str(tiny_model), "--setup", f"{file}:fails", "--out", str(out)]
+    assert cli.main(arguments) == 2
+    assert "no such adapter" in capsys.readouterr().err
+    assert not (out / "rows.jsonl").exists()
