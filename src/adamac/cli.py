@@ -6,6 +6,7 @@ standard error and exit code 2; a run that was broken off exits with 130, one in
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -312,7 +313,14 @@ def entry() -> None:
     """Run as a program."""
     # torch warns where there is no numpy; commands that need it say so in a line, the others do not need it.
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
-    sys.exit(main())
+    code = main()
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        # Another rank is gone. Torch's threads still wait for it, and would abort a program that ends in order.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _complain(line: str) -> None:

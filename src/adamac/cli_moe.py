@@ -178,7 +178,7 @@ def moe_train(options: MoeTrain, console: Console) -> int:
     from adamac.moe.cost.machine import Machine
     from adamac.moe.lm.learner import Diverged
     from adamac.moe.lm.train import train
-    from adamac.moe.lm.world import Left, World
+    from adamac.moe.lm.world import Gone, Left, World
 
     recipe = _recipe(options)
     if options.threads < 1:
@@ -186,6 +186,7 @@ def moe_train(options: MoeTrain, console: Console) -> int:
     torch.set_num_threads(options.threads)
     world = World.join(options.device, options.expert_ranks)
     console = console if world.first else Console(quiet=True)
+    broken = False
     try:
         machine = (
             None if options.machine is None else world.from_first(partial(Machine.load, options.machine))
@@ -201,6 +202,7 @@ def moe_train(options: MoeTrain, console: Console) -> int:
                 machine=machine,
             )
     except (Diverged, Left) as error:
+        broken = isinstance(error, Gone)
         who = "adamac" if world.first else f"adamac: rank {world.rank}"
         Console(stderr=True).print(f"{who}: {error}", markup=False, highlight=False, soft_wrap=True)
         return 1
@@ -208,7 +210,8 @@ def moe_train(options: MoeTrain, console: Console) -> int:
         console.print(f"broken off; go on with the same command and --resume: {options.out}", highlight=False)
         return 130
     finally:
-        world.leave()
+        if not broken:  # else it would wait for the rank that is gone; the program's end sees to it
+            world.leave()
     if world.first:
         _tell(result, options, console)
     return 0

@@ -32,6 +32,10 @@ class Left(RuntimeError):
     """Another rank failed or was ended, so that this one cannot go on."""
 
 
+class Gone(Left):
+    """A rank is gone without a word: the others' process group is broken and cannot be ended in order."""
+
+
 @dataclass(frozen=True)
 class World:
     """This rank and the others.
@@ -141,14 +145,14 @@ class World:
         """Say in one line that another rank is gone, where a collective fails for it.
 
         Raises:
-            Left: If so.
+            Gone: If so.
         """
         try:
             yield
         except RuntimeError as error:
             # Over gloo it is a plain RuntimeError that names the library's file.
             if not isinstance(error, Left) and (isinstance(error, dist.DistError) or "gloo" in str(error)):
-                raise Left("another rank left") from error
+                raise Gone("another rank left") from error
             raise
 
     def add(self, value: Tensor) -> Tensor:
