@@ -14,7 +14,7 @@ TARGETS = (
     "is not compiled; Wan2.1 and 129 frames of it ran on an H100, CogVideoX-2B and 193 frames on an H200. *About*: over a stock "
     "step from another machine of the kind.\n\n"
     "The one tail that is missed was Python's garbage collector: one of fifteen steps took 871 ms instead of 319, and one of "
-    "twenty at Wan2.1-1.3B 980 instead of 724 (commit a47cf41). What was taken down of every call had grown by a thousand objects "
+    "twenty at Wan2.1-1.3B 980 instead of 724 (commit a47cf41). What was taken down of every call had grown by hundreds of objects "
     "a step, and a full collection looks at all objects there are. It is a handful a step since b477957, where the same twenty "
     "steps of Wan2.1-1.3B have p99 / p50 of 1.005; compiled CogVideoX-2B has not been rerun. Where sparse attention cannot win "
     "calls stay dense ([below](#from-how-much-work-on-sparse-attention-pays))."

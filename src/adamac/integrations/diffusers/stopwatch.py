@@ -1,8 +1,8 @@
 """Time by stage on the device's own clock, read without waiting for the device while a video is made.
 
 A stage of a GPU is two events, and a video has some ten thousand stages. Those that are over are read and their events used
-again, so that what is held does not grow with the video: thousands of live objects more a step would also bring on Python's
-full garbage collection, which stops a step for a quarter of a second where millions of objects are alive.
+again, so that what is held does not grow with the video: hundreds of live objects more a step would also bring on Python's
+full garbage collection, which stops a step for a quarter of a second where half a million objects are alive.
 """
 
 from __future__ import annotations
