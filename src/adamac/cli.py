@@ -316,7 +316,7 @@ def entry() -> None:
     code = main()
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        # Another rank is gone. Torch's threads still wait for it, and would abort a program that ends in order.
+        # Not left in order, since another rank is gone: torch's threads wait for it, and would abort the program as it ends.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
