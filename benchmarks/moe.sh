@@ -29,8 +29,9 @@ part() {
 layers() {
   local name=$1 want=$2 fabric=$3 plan=${WHAT:-$PLAN}; shift 3
   [ -n "${REHEARSE:-}" ] && [ "$fabric" != none ] && fabric=gloo
+  (( want > $(left) )) && want=$(left)  # so that the benchmark itself stops, and says what it left out
   part "$name" "$want" python3 -m benchmarks.moe run --plan $plan --device $DEVICE --fabrics "$fabric" --parts "$@" \
-    --minutes "$(python3 -c "print(max(0.2, ($want - 25) / 60))")" --limit-s 60 --commit "$COMMIT" --out "$OUT/moe.jsonl"
+    --minutes "$(python3 -c "print(max(0.2, ($want - 20) / 60))")" --limit-s 60 --commit "$COMMIT" --out "$OUT/moe.jsonl"
 }
 
 quality() {
@@ -50,7 +51,7 @@ for what in ${*:-nvlink shm none sockets quality advise}; do
     shm) layers shm 110 shm cost layer train ;;
     none) layers none 120 none cost kernels launches layer serve ;;
     sockets) layers sockets 70 sockets collectives layer ;;
-    grid) for fabric in nvlink shm sockets; do WHAT=grid layers "grid $fabric" 170 $fabric layer; done ;;
+    grid) for each in nvlink=160 shm=160 sockets=300; do WHAT=grid layers "grid ${each%=*}" "${each#*=}" "${each%=*}" cost layer; done ;;
     models) WHAT=full layers "models none" 90 none train serve; WHAT=full layers "models shm" 150 shm train ;;
     quality) quality ;;
     advise) part advise 70 python3 -m torch.distributed.run --nproc-per-node 2 -m adamac.cli advise moe --measure \
