@@ -13,10 +13,10 @@ TARGETS = (
     "missed by 11 to 37 %. *Blocks compiled* is compiled sparse over compiled dense, and over stock diffusers as it comes, which "
     "is not compiled; Wan2.1 and 129 frames of it ran on an H100, CogVideoX-2B and 193 frames on an H200. *About*: over a stock "
     "step from another machine of the kind.\n\n"
-    "The one tail that is missed was Python's garbage collector: one of fifteen steps took 871 ms instead of 319, and one of "
-    "twenty at Wan2.1-1.3B 980 instead of 724 (commit a47cf41). What was taken down of every call had grown by hundreds of objects "
-    "a step, and a full collection looks at all objects there are. It is a handful a step since b477957, where the same twenty "
-    "steps of Wan2.1-1.3B have p99 / p50 of 1.005; compiled CogVideoX-2B has not been rerun. Where sparse attention cannot win "
+    "No tail is missed any more. At commit a47cf41 one of fifteen compiled steps of CogVideoX-2B took 871 ms instead of 319, and "
+    "one of twenty at Wan2.1-1.3B 980 instead of 724: Python's garbage collector. What was taken down of every call had grown by "
+    "hundreds of objects a step, and a full collection looks at all objects there are. It is a handful a step since b477957, and "
+    "the slowest of forty steps of either density takes 1 % longer than the median (c6f9614). Where sparse attention cannot win "
     "calls stay dense ([below](#from-how-much-work-on-sparse-attention-pays))."
 )
 
@@ -32,8 +32,8 @@ KEYS = (
 )
 
 OTHER_DENSITIES = (
-    "Other densities. Those over cuDNN (*native* is torch's choice, which is cuDNN there) are of an older kernel and clusters by "
-    "tokens, before flash-attn-4 could be loaded:"
+    "Other densities; at CogVideoX-2B's length 30 % is as slow as dense. Those over cuDNN (*native* is torch's choice, which is "
+    "cuDNN there) are of an older kernel and clusters by tokens, before flash-attn-4 could be loaded:"
 )
 
 CALLS = (
@@ -63,7 +63,8 @@ STEPS = (
     "SVG2 keeps clusters until they hold 0.9 of the softmax's mass by its estimate. On random weights, whose attention is "
     "nearly flat, that is 87 % of the pairs, so it cannot win there: these rows say what its clustering costs (fifty iterations "
     "in the first sparse step, which takes 6.7 s longer than the next at 129 frames), not what it does on trained weights. *paper* is AdaCluster's own "
-    "settings, without compensation, at a density of 25 to 26 %."
+    "settings, without compensation, at a density of 25 to 26 %. At 193 frames SVG2 came to its first sparse step alone: 55.4 s, "
+    "of which 10.4 s are planning, where a dense step of the same run takes 42.0 s."
 )
 
 VIDEO = (
@@ -80,23 +81,23 @@ SCALING_BEFORE = (
 )
 
 SCALING = (
-    "Attention itself scales, dense (2.06 and 2.10 times as fast on two) and sparse (2.02 and 2.06); the ranks differ by 2 % at "
-    "most. What does not is the rest: exchanging heads for tokens adds 0.5 to 1 s to a step, dense or sparse. A sparse step is "
-    "shorter, so the same exchange is more of it: 5 % less efficient at Wan2.1-14B, 7 % at HunyuanVideo, where 5 % was the "
-    "target. The exchange costs a layer 12 to 18 ms; what it sends (774 MB a rank and layer at Wan2.1-14B) would take 3 ms at "
-    "275 GB/s, which is what an exchange between two of these cards reaches (`h200/moe.jsonl`). Part of the rest were copies: "
-    "seven passes over query, key and value or the output to bring heads and tokens in order. There are two since, one before "
-    "each message, which has not been timed. Runs on four and eight GPUs have not been made."
+    "Attention itself scales, dense (2.02 and 2.03 times as fast on two) and sparse (1.96 and 1.98); the ranks differ by 1 % at "
+    "most. What does not is the rest: exchanging heads for tokens adds 0.26 to 0.48 s to a step, 6 to 8 ms a layer. A sparse step "
+    "is shorter, so the same exchange is more of it: 4 % less efficient than a dense one at both models, where 5 % was the target. "
+    "In the run before (b477957, `h200/scaling_first_run.jsonl`) the exchange added 12 to 18 ms a layer, and sparse was 5 and 7 % "
+    "less efficient: it passed seven times over memory to bring heads and tokens in order, and passes once before each message now. "
+    "What it sends (774 MB a rank and layer at Wan2.1-14B) would take 3 ms at 275 GB/s, which is what an exchange between two of "
+    "these cards reaches (`h200/moe.jsonl`), so the next to gain is to send while other heads are planned. Runs on four and eight "
+    "GPUs have not been made."
 )
 
 CHECKS = (
     "compute-sanitizer (memcheck) found nothing in either attention kernel or in planning at odd shapes (1 to 700 tokens, empty "
     "clusters, padding, text), on an H100 and at the commit before clusters went by logits; the attention kernels are the same. "
-    "The GPU tests of ops and sparse steps on an H200 at a47cf41, eight at a time: 683, of which 588 passed, 94 were skipped "
-    "(a processor's alone) and one failed, the gradient of the router's gate "
-    "(largest error 1.21e-7, allowed 9.9e-8). Its error depended on the draw; it takes away the gradient of the largest score "
-    "first since, and its tests passed at b477957, with those of what is taken down of every call and of the experts, as far "
-    "as they came in a minute (231 passed, none failed). Every kernel that was timed had been held to its reference by itself before."
+    "The GPU tests of ops and sparse steps on an H200 at c6f9614, eight at a time: 687, of which 593 passed and 94 were skipped "
+    "(a processor's alone). Those of the diffusers seam and of the mixture of experts, ten at a time: 834 passed, one was skipped "
+    "and none failed before a time limit cut off the last few. "
+    "Every kernel that was timed had been held to its reference by itself before."
 )
 
 CROSSOVER = (
