@@ -45,8 +45,8 @@ def offered(name, run=native, unfit=fits):
     return Candidate(name, unfit, run)
 
 
-def stopwatch(**time_ms):
-    """A stopwatch that says what it is told, so that no clock decides a test."""
+def timer(**time_ms):
+    """A timer that says what it is told, so that no clock decides a test."""
 
     def measure(runs, device):
         for run in runs.values():
@@ -57,7 +57,7 @@ def stopwatch(**time_ms):
 
 
 def pick(candidates, device, **time_ms):
-    return choose(candidates, device, torch.bfloat16, 64, timed=SMALL, stopwatch=stopwatch(**time_ms))
+    return choose(candidates, device, torch.bfloat16, 64, timed=SMALL, timer=timer(**time_ms))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])

@@ -22,7 +22,7 @@ from adamac.ops.error_budget import over_budget
 from adamac.ops.launch import is_out_of_memory
 
 # Times runs by name, in milliseconds.
-Stopwatch = Callable[[Mapping[str, Callable[[], object]], torch.device], dict[str, float]]
+Timer = Callable[[Mapping[str, Callable[[], object]], torch.device], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def choose(
     head_dim: int,
     *,
     timed: Shape = LONG,
-    stopwatch: Stopwatch = interleaved_median_ms,
+    timer: Timer = interleaved_median_ms,
 ) -> Choice:
     """Choose the fastest candidate that agrees with the reference. Waits for the device.
 
@@ -153,7 +153,7 @@ def choose(
         dtype: Of the tensors.
         head_dim: Width of a head.
         timed: The shape to time them at.
-        stopwatch: Times them.
+        timer: Times them.
 
     Raises:
         RuntimeError: If no candidate agrees, with the reason for each.
@@ -175,7 +175,7 @@ def choose(
         return lambda: candidate.run(query, key, value, scale)
 
     runs = {candidate.name: bind(candidate) for candidate in candidates if candidate.name not in refused}
-    time_ms = stopwatch(runs, device)
+    time_ms = timer(runs, device)
     return Choice(min(runs, key=lambda name: time_ms[name]), time_ms, refused)
 
 
