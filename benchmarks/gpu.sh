@@ -10,7 +10,7 @@
 #   cogc=90 wan1c=110 wan14c=215 hunyuanc=250 hunyuan193c=430        the same compiled, over stock diffusers as it comes
 #   crossover=70                                                    from how much work on sparse attention pays
 #   stock193=115                                                    a step of stock diffusers at HunyuanVideo's 193 frames
-#   scaling=330                                                     one video on one GPU and on all of them, for machines of several
+#   scaling=330                                                     one video on one GPU and on 2, 4 and 8 (90 s more for each)
 # A rehearsal without a GPU: EXTRA=--tiny SHAPES=tiny bash benchmarks/gpu.sh out/rehearsal attention wan14
 set -u
 OUT=${1:?a folder for rows}; shift
@@ -22,17 +22,20 @@ steps() {
   local file=$1; shift
   python3 -m benchmarks.end_to_end run --out "$OUT/$file.jsonl" ${COMMIT:+--commit $COMMIT} $EXTRA "$@"
 }
-# Each model on a GPU of its own, side by side; then both spread over all GPUs. Before anything is timed, small models of all
-# families have to make the same video spread as alone.
+# Each model on a GPU of its own, side by side; then both spread over 2, 4 and 8, as many as there are. Before anything is timed,
+# small models of all families have to make the same video spread as alone.
 scaling() {
-  local all="python3 -m torch.distributed.run --standalone --nproc-per-node ${RANKS:-gpu} -m benchmarks.end_to_end" device=cuda
-  [ -n "$EXTRA" ] && device=cpu
+  local ranks gpus device=cuda
+  if [ -n "$EXTRA" ]; then device=cpu gpus=${RANKS:-2}; else gpus=$(nvidia-smi -L | wc -l); fi
+  spread() { python3 -m torch.distributed.run --standalone --nproc-per-node "$1" -m benchmarks.end_to_end "${@:2}"; }
   local many="run --out $OUT/scaling.jsonl ${COMMIT:+--commit $COMMIT} $EXTRA $QUICK --dense-steps 1 --arms best_dense default_15"
-  $all check --device $device || return 1
+  spread "$gpus" check --device $device || return 1
   CUDA_VISIBLE_DEVICES=0 python3 -m benchmarks.end_to_end ${many/scaling/scaling_one} --models wan-14b --sparse-steps 3 --minutes 1.5 &
   CUDA_VISIBLE_DEVICES=1 python3 -m benchmarks.end_to_end ${many/scaling/scaling_other} --models hunyuan-129f --sparse-steps 3 --minutes 1.5 &
   wait
-  $all $many --models wan-14b hunyuan-129f --sparse-steps 4 --minutes 2.5
+  for ranks in 2 4 8; do
+    (( ranks > gpus )) || spread $ranks $many --models wan-14b hunyuan-129f --sparse-steps 4 --minutes 2.5
+  done
 }
 export -f bench steps scaling
 export QUICK="--rounds 1 --first-steps 0 --no-guidance"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The mixture of experts on the GPUs of one host, in order of worth, each part with a time limit of its own:
-#   bash benchmarks/moe.sh OUT [PART...]      parts: nvlink shm none sockets quality advise layouts grid models
+#   bash benchmarks/moe.sh OUT [PART...]      parts: nvlink shm none sockets quality advise layouts grid models scaling
 # LIMIT (490) is the seconds for everything. quality reads text files in TEXT (a folder) and trains STEPS (1200) steps of each arm.
 # NVLink multicast stays off: it is not what is measured. A rehearsal on a processor:
 #   REHEARSE=1 bash benchmarks/moe.sh out/rehearsal nvlink none
@@ -45,6 +45,21 @@ prepare(Path('$corpus'), [Path('${TEXT:?a folder of text files}')], vocab=8192)"
     --steps "${STEPS:-1200}" --minutes "$(python3 -c "print($seconds / 60)")" --out "$OUT/moe_quality.jsonl"
 }
 
+# Constants are fitted on two ranks, and say what 2, 4 and 8 take before that is timed; then training steps.
+scaling() {
+  local fabric setting ranks gpus=${GPUS:-$(nvidia-smi -L | wc -l)}
+  for fabric in nvlink shm; do
+    setting=NCCL_P2P_DISABLE=$([ $fabric = shm ] && echo 1 || echo 0)
+    part "constants $fabric" 70 env "$setting" python3 -m torch.distributed.run --standalone --nproc-per-node 2 -m adamac.cli \
+      advise moe --measure --device $DEVICE --out "$OUT/machine_$fabric.json"
+    for ranks in 2 4 8; do
+      (( ranks > gpus )) && continue
+      layers "$fabric, $ranks ranks" 70 $fabric layer --ranks $ranks --machine "$OUT/machine_$fabric.json"
+      WHAT=${REHEARSE:+tiny} WHAT=${WHAT:-full} layers "training, $fabric, $ranks ranks" 100 $fabric train --ranks $ranks
+    done
+  done
+}
+
 for what in ${*:-nvlink shm none sockets quality advise}; do
   case $what in
     nvlink) layers nvlink 140 nvlink cost collectives launches layer rivals ;;
@@ -56,6 +71,7 @@ for what in ${*:-nvlink shm none sockets quality advise}; do
     quality) quality ;;
     advise) part advise 70 python3 -m torch.distributed.run --nproc-per-node 2 -m adamac.cli advise moe --measure \
       --device $DEVICE --out "$OUT/moe_machine.json" ;;
+    scaling) scaling ;;
     layouts) part layouts 150 python3 -m torch.distributed.run --standalone --nproc-per-node 2 -m benchmarks.moe_layouts \
       --device $DEVICE $SMALL --expert-ranks 1 2 --out "$OUT/moe_layouts.jsonl" ;;
     *) echo "no part $what" >&2; exit 2 ;;

@@ -41,7 +41,7 @@ class Crew:
         pulse: Called now and then while work goes on.
         limit_s: How long a rank waits for the others' words.
         refused: What is not timed, and why, found out before.
-        machine: What predicts, once a cost model has been fitted here.
+        machine: What predicts, once a cost model has been fitted here, or from the start if one was given.
     """
 
     rank: int

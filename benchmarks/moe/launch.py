@@ -20,6 +20,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from adamac.moe.cost.machine import Machine
+
 from .cases import (
     Case,
     CollectivesCase,
@@ -64,6 +66,7 @@ class Order:
         deadline_s: On the clock of ``time.time``; no case begins later.
         limit_s: A set that is silent for so long is ended.
         common: Entries of all rows.
+        machine: Constants that predict, if they were fitted elsewhere.
     """
 
     fabric: Fabric
@@ -74,6 +77,7 @@ class Order:
     deadline_s: float
     limit_s: float
     common: Row
+    machine: Machine | None = None
 
 
 def carry_out(order: Order, take: Callable[[Row], None], say: Callable[[str], None]) -> None:
@@ -231,6 +235,7 @@ def _work(order: Order, first: int, rank: int, folder: str, end: Connection) -> 
         emit=lambda row: end.send(("row", row)),
         pulse=lambda: end.send(("pulse", None)),
         limit_s=order.limit_s,
+        machine=order.machine,
     )
     errors = check.equality(crew)
     crew.refused |= check.refusals(errors)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from adamac.moe.cost.machine import Machine
+
 from .cases import FABRICS, PARTS, Fabric, cases
 from .launch import Order, carry_out
 from .rows import Row, RowFile, stamp
@@ -39,6 +41,8 @@ class Run:
         device: "auto", "cpu" or "cuda".
         dtype: "auto" (float32 on a CPU, bfloat16 elsewhere), "bfloat16", "float16" or "float32".
         commit: Names the commit where the code is a copy without its repository.
+        machine: File that adamac advise moe --measure --out wrote, on this fabric and any number of ranks: what it says of each
+            layer stands beside its times, and the part "cost", which would fit constants here, is left out.
     """
 
     plan: str = "quick"
@@ -55,6 +59,7 @@ class Run:
     device: str = "auto"
     dtype: str = "auto"
     commit: str | None = None
+    machine: Path | None = None
 
 
 def run(options: Run, say: Callable[[str], None] = print) -> list[Row]:
@@ -68,9 +73,11 @@ def run(options: Run, say: Callable[[str], None] = print) -> list[Row]:
         The rows of this run, which are in its file too.
 
     Raises:
-        ValueError: If a name is unknown or the machine has not what is asked for.
+        ValueError: If a name is unknown, the machine has not what is asked for, or a file holds no constants.
+        OSError: If that file cannot be read.
     """
     check(options)
+    machine = None if options.machine is None else Machine.load(options.machine)
     deadline_s = time.time() + 60 * options.minutes
     device, file, rows = _device(options), RowFile(options.out), []
     started = datetime.now(UTC).isoformat(timespec="seconds")
@@ -86,7 +93,7 @@ def run(options: Run, say: Callable[[str], None] = print) -> list[Row]:
         wanted = cases(
             options.plan,
             fabric,
-            options.parts,
+            tuple(part for part in options.parts if part != "cost" or machine is None),
             hidden=options.hidden,
             top_k=options.top_k,
             ratio=options.ratio,
@@ -95,7 +102,15 @@ def run(options: Run, say: Callable[[str], None] = print) -> list[Row]:
         if not wanted:
             continue
         order = Order(
-            fabric, tuple(wanted), ranks, device, _dtype(options), deadline_s, options.limit_s, common
+            fabric,
+            tuple(wanted),
+            ranks,
+            device,
+            _dtype(options),
+            deadline_s,
+            options.limit_s,
+            common,
+            machine,
         )
         carry_out(order, take, say)
     return rows

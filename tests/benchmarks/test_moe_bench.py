@@ -19,6 +19,7 @@ from benchmarks.moe.run import Run, run
 from benchmarks.moe.summary import predictions, tables
 
 from adamac.moe import Router, Routing, preset
+from adamac.moe.cost import machine_of, predict
 
 TINY = LayerCase(hidden=64, top_k=2, num_experts=8, tokens=64, budget_s=0.0)
 OURS = [
@@ -116,6 +117,29 @@ def test_what_the_cost_model_says_stands_beside_what_was_measured(tmp_path):
     points = predictions(read(options.out))
     assert len(points) == len(said) + 2 * len(layers)
     assert f"of {len(points)} points" in tables(rows)
+
+
+def test_constants_of_two_ranks_say_beforehand_what_four_take(tmp_path):
+    machine = replace(machine_of(), ranks=2)
+    machine.save(tmp_path / "machine.json")
+    options = Run(
+        plan="tiny",
+        out=tmp_path / "rows.jsonl",
+        fabrics=("gloo",),
+        parts=("cost", "layer"),
+        routing=("balanced",),
+        ranks=4,
+        machine=tmp_path / "machine.json",
+    )
+    rows = run(options, say=silent)
+    assert not [row for row in rows if row["benchmark"] == "moe_cost"]
+    layers = [row for row in rows if row["benchmark"] == "moe_layer"]
+    assert [row["arm"] for row in layers] == OURS
+    for row in layers:
+        config = preset(row["preset"], 64, 8, 2)
+        said = predict(config, 256, 4, row["dispatcher"], machine, itemsize=4)
+        assert (row["ranks"], row["predicted_from_ranks"]) == (4, 2)
+        assert row["forward"]["predicted_ms"] == pytest.approx(said.time_ms)
 
 
 def test_ranks_without_tokens_and_experts_without_rows_are_checked(tmp_path):
