@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from adamac.moe.lm.corpus import is_corpus
-from adamac.moe.lm.train import read_rows
+from adamac.moe.lm.folder import RunFolder
 from benchmarks import jsonl
 
 # A preset, and after commas fields of its layers that differ from all others'.
@@ -146,7 +146,7 @@ def end(processes: Iterable[subprocess.Popen]) -> None:
 def rows_of(job: Job) -> list[dict[str, Any]]:
     """One row for each evaluation of a run, and what tells it apart."""
     try:
-        steps = read_rows(job.folder)
+        steps = RunFolder(job.folder).read_rows()
     except ValueError:
         return []
     recipe = json.loads((job.folder / "run.json").read_text(encoding="utf-8"))["recipe"]

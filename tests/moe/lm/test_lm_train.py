@@ -23,10 +23,11 @@ from adamac.moe.lm import learner as learning
 from adamac.moe.lm.checkpoint import latest_checkpoint, load_model, read_tensors
 from adamac.moe.lm.corpus import Order, is_corpus, unigram_bits_per_byte
 from adamac.moe.lm.evaluate import bits_per_byte
+from adamac.moe.lm.folder import RunFolder
 from adamac.moe.lm.learner import Diverged
 from adamac.moe.lm.model import GPT
 from adamac.moe.lm.recipe import Recipe
-from adamac.moe.lm.train import read_rows, train
+from adamac.moe.lm.train import train
 
 PROGRAM = """
 import sys
@@ -43,7 +44,10 @@ train(Recipe.from_dict(read_json(Path(sys.argv[1]))), Path(sys.argv[2]), resume=
 def facts(directory: Path) -> list[dict]:
     """Rows without what a clock says."""
     timed = {"time_s", "tokens_per_s"}
-    return [{key: value for key, value in row.items() if key not in timed} for row in read_rows(directory)]
+    return [
+        {key: value for key, value in row.items() if key not in timed}
+        for row in RunFolder(directory).read_rows()
+    ]
 
 
 def weights(directory: Path, *names: str) -> dict[str, torch.Tensor]:
@@ -117,7 +121,7 @@ def test_it_learns_in_bfloat16_too(corpus, tmp_path):
 
 def test_rows_say_what_happened(recipe, tmp_path):
     train(recipe, tmp_path / "run")
-    rows = read_rows(tmp_path / "run")
+    rows = RunFolder(tmp_path / "run").read_rows()
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert [row["tokens"] for row in rows] == [64 * step for step in range(1, 7)]
     assert [row["bits_per_byte"] is not None for row in rows] == [False, False, True, False, False, True]
@@ -126,7 +130,7 @@ def test_rows_say_what_happened(recipe, tmp_path):
 
 def test_the_first_row_is_of_the_untrained_model(recipe, corpus, tmp_path):
     train(recipe, tmp_path / "run")
-    row = read_rows(tmp_path / "run")[0]
+    row = RunFolder(tmp_path / "run").read_rows()[0]
     torch.manual_seed(recipe.seed)
     model = GPT(recipe.model(corpus.vocab))
     inputs, targets = Order(corpus.train_tokens, recipe.context, recipe.seed).batch(0, recipe.batch)

@@ -7,14 +7,10 @@ was never broken off, bit for bit where the device computes deterministically, a
 A step reads the same windows however many ranks share them. Up to rounding, its result is the same for any number of ranks where
 nothing is measured on a part of a batch: balancing by a bias or not at all, and no capacity. A balance loss and a capacity are of
 the tokens that a rank computes at once; with these it is the same for the same ``micro_batch``, if that divides every rank's share.
-
-A run is a folder: ``run.json`` (the recipe, and how rows are sent), ``tokenizer.json``, ``data/`` (the prepared corpus, unless a
-prepared one was given), ``rows.jsonl`` (a JSON object a step) and ``checkpoints/``.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import time
@@ -22,22 +18,21 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
-from adamac._version import __version__
 from adamac.moe.cost.machine import Machine
 from adamac.moe.lm import checkpoint
 from adamac.moe.lm.corpus import Corpus, Order, is_corpus, prepare, unigram_bits_per_byte
 from adamac.moe.lm.evaluate import bits_per_byte, predicted
+from adamac.moe.lm.folder import RunFolder, field
 from adamac.moe.lm.layout import LayoutName
 from adamac.moe.lm.learner import Diverged, Learner, Update, shares
 from adamac.moe.lm.recipe import Recipe
 from adamac.moe.lm.sending import Sending, choose_sending
 from adamac.moe.lm.text import text_files
 from adamac.moe.lm.world import Left, World
-from adamac.moe.weights import force
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,18 +158,18 @@ def _begin(
     learns: Callable[..., Learner],
 ) -> _Run:
     """Make everything ready, from the newest checkpoint if there is one."""
-    tokens = shares(recipe, world.size)[0] * recipe.context
+    folder, tokens = RunFolder(directory), shares(recipe, world.size)[0] * recipe.context
     with world.together():  # all have looked before the first writes
         _look(recipe)
-        absent = [folder for folder in (directory, *directory.parents) if not folder.exists()]
-        begun = _is_begun(directory, recipe, resume)
+        absent = [place for place in (directory, *directory.parents) if not place.exists()]
+        begun = folder.is_begun(recipe, resume)
     sending = world.from_first(
         lambda: choose_sending(
-            recipe, world.expert_ranks, tokens, machine, _sendings(directory) if begun else ()
+            recipe, world.expert_ranks, tokens, machine, folder.sendings() if begun else ()
         )
     )
     try:
-        corpus = _corpus(recipe, directory, begun, sending, world)
+        corpus = _corpus(recipe, folder, begun, sending, world)
         with world.together():
             order = Order(corpus.train_tokens, recipe.context, recipe.seed)
             # Too little to be evaluated is refused now rather than after many steps.
@@ -184,10 +179,10 @@ def _begin(
         if world.first and not begun:  # what could not begin leaves nothing behind
             shutil.rmtree(absent[-1] if absent else directory, ignore_errors=True)
         raise
-    run = _Run(recipe, directory, corpus, order, learner)
+    run = _Run(recipe, folder, corpus, order, learner)
     with world.together():
         if world.first:
-            _keep(directory, sending)
+            folder.keep(sending)
     return run
 
 
@@ -195,11 +190,10 @@ class _Run:
     """A run that goes on from where it is."""
 
     def __init__(
-        self, recipe: Recipe, directory: Path, corpus: Corpus, order: Order, learner: Learner
+        self, recipe: Recipe, folder: RunFolder, corpus: Corpus, order: Order, learner: Learner
     ) -> None:
-        self.recipe, self.corpus, self.order = recipe, corpus, order
+        self.recipe, self.folder, self.corpus, self.order = recipe, folder, corpus, order
         self.learner, self.world = learner, learner.world
-        self.checkpoints, self.rows = directory / "checkpoints", directory / "rows.jsonl"
         self.step, self.time_s = 0, 0.0
         self._restore()
 
@@ -215,8 +209,8 @@ class _Run:
             reached = self._evaluate() if last or self.step % recipe.eval_every == 0 else None
             self.time_s = time.monotonic() - began
             row = self._row(update, seconds, reached)
-            if reached is not None or self.step % recipe.log_every == 0:
-                self._append(row)
+            if self.world.first and (reached is not None or self.step % recipe.log_every == 0):
+                self.folder.append(asdict(row))
             if last or self.step % recipe.save_every == 0:
                 self._save()
             watcher.stepped(row)
@@ -260,28 +254,24 @@ class _Run:
         return reached
 
     def _with_advice(self, error: Diverged) -> Diverged:
-        kept = checkpoint.latest_checkpoint(self.checkpoints)
+        kept = checkpoint.latest_checkpoint(self.folder.checkpoints)
         remains = f"the last good checkpoint is {kept}" if kept else "there is no checkpoint yet"
         return Diverged(f"{error}; {remains}; try a lower learning rate or a longer warm-up")
-
-    def _append(self, row: Row) -> None:
-        if self.world.first:
-            with self.rows.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(row), allow_nan=False) + "\n")
 
     def _save(self) -> None:
         weights, moments = self.learner.weights(), self.learner.moments()
         with self.world.together():
             if self.world.first:
                 config, state = self.learner.model.config, {"time_s": self.time_s}
-                if self.rows.exists():
-                    force(self.rows)
-                checkpoint.write_checkpoint(self.checkpoints, self.step, config, weights, moments, state)
+                self.folder.force_rows()
+                checkpoint.write_checkpoint(
+                    self.folder.checkpoints, self.step, config, weights, moments, state
+                )
 
     def _restore(self) -> None:
         """Go back to the newest checkpoint, if there is one, and forget the rows after it."""
         with self.world.together():
-            folder = checkpoint.latest_checkpoint(self.checkpoints)
+            folder = checkpoint.latest_checkpoint(self.folder.checkpoints)
             if folder is not None:
                 weights, moments = (
                     checkpoint.read_parts(folder / f"{name}.safetensors", self.learner.part)
@@ -291,86 +281,15 @@ class _Run:
                 self.step, self.time_s = _state(folder / "state.json")
         with self.world.together():
             if self.world.first:
-                _forget(self.rows, self.step)
-
-
-def read_rows(directory: Path) -> list[dict[str, Any]]:
-    """Read the rows of a run; a last line that a kill tore is left out.
-
-    Raises:
-        ValueError: If there are none.
-    """
-    try:
-        lines = (directory / "rows.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    except OSError as error:
-        raise ValueError(f"{directory} holds no rows: {error}") from None
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def _is_begun(directory: Path, recipe: Recipe, resume: bool) -> bool:
-    """Whether a directory is this run's already; if not, it may become this run's.
-
-    Raises:
-        ValueError: If it is something else's.
-    """
-    file = directory / "run.json"
-    begun = file.is_file()
-    if begun:
-        if not resume:
-            raise ValueError(
-                f"{directory} holds a run already; go on with it by --resume or choose another directory"
-            )
-        former = Recipe.from_dict(_field(file, "recipe"))
-        if differences := recipe.differences(former):
-            raise ValueError(
-                f"the run in {directory} was begun with {', '.join(differences)}; resume it with the same"
-            )
-    elif directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise ValueError(f"{directory} is not empty and holds no run; choose another directory")
-    return begun
-
-
-def _claim(directory: Path, recipe: Recipe, sending: Sending | None) -> None:
-    """Make a directory this run's."""
-    directory.mkdir(parents=True, exist_ok=True)
-    about = {"adamac": __version__, "torch": torch.__version__, "recipe": recipe.to_dict()}
-    about["dispatchers"] = [] if sending is None else [asdict(sending)]
-    _write_text(directory / "run.json", json.dumps(about, indent=2) + "\n")
-
-
-def _sendings(directory: Path) -> list[Sending]:
-    """How a run sent rows to experts so far, on each number of ranks and tokens; nothing of a run that never did."""
-    file = directory / "run.json"
-    kept = checkpoint.read_json(file).get("dispatchers", [])
-    try:
-        return [Sending.from_dict(values) for values in kept]
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{file} is damaged: {error}") from None
-
-
-def _keep(directory: Path, sending: Sending | None) -> None:
-    """Add to a run how it sends rows now, if it never did so before."""
-    kept = _sendings(directory)
-    if sending is not None and sending not in kept:
-        about = checkpoint.read_json(directory / "run.json")
-        about["dispatchers"] = [asdict(each) for each in (*kept, sending)]
-        _write_text(directory / "run.json", json.dumps(about, indent=2) + "\n")
+                self.folder.forget(self.step)
 
 
 def _state(file: Path) -> tuple[int, float]:
     """Steps and seconds of a checkpoint."""
-    step, time_s = _field(file, "step"), _field(file, "time_s")
+    step, time_s = field(file, "step"), field(file, "time_s")
     if not isinstance(step, int) or not isinstance(time_s, int | float):
         raise ValueError(f"{file} is damaged: expected numbers, got step {step!r} and time_s {time_s!r}")
     return step, time_s
-
-
-def _field(file: Path, name: str) -> Any:
-    """A field of a file that holds an object."""
-    values = checkpoint.read_json(file)
-    if not isinstance(values, dict) or name not in values:
-        raise ValueError(f"{file} is damaged: expected an object with {name}")
-    return values[name]
 
 
 def _look(recipe: Recipe) -> None:
@@ -380,35 +299,17 @@ def _look(recipe: Recipe) -> None:
         text_files(given)
 
 
-def _corpus(recipe: Recipe, directory: Path, begun: bool, sending: Sending | None, world: World) -> Corpus:
-    """Make the directory a run's, and open the prepared corpus that was given or made before, or make it; on the first rank."""
-    folder = directory / "data"
+def _corpus(recipe: Recipe, folder: RunFolder, begun: bool, sending: Sending | None, world: World) -> Corpus:
+    """Make the folder a run's, and open the prepared corpus that was given or made before, or make it; on the first rank."""
     given = [Path(path) for path in recipe.data]
-    if len(given) == 1 and is_corpus(given[0]):
-        folder = given[0]
+    data = given[0] if len(given) == 1 and is_corpus(given[0]) else folder.data
     with world.together():
         if world.first and not begun:
-            _claim(directory, recipe, sending)
-        if world.first and folder == directory / "data" and not is_corpus(folder):
-            prepare(folder, given, vocab=recipe.vocab, separator=recipe.separator, held_out=recipe.held_out)
+            folder.claim(recipe, sending)
+        if world.first and data == folder.data and not is_corpus(data):
+            prepare(data, given, vocab=recipe.vocab, separator=recipe.separator, held_out=recipe.held_out)
     with world.together():
-        corpus = Corpus.load(folder)
+        corpus = Corpus.load(data)
         if world.first:
-            _write_text(directory / "tokenizer.json", corpus.tokenizer.to_json())
+            folder.keep_tokenizer(corpus.tokenizer.to_json())
     return corpus
-
-
-def _forget(rows: Path, step: int) -> None:
-    """Drop rows after a step, and a torn last line."""
-    if rows.exists():
-        lines = rows.read_text(encoding="utf-8").splitlines(keepends=True)
-        whole = (line for line in lines if line.endswith("\n"))
-        _write_text(rows, "".join(line for line in whole if json.loads(line)["step"] <= step))
-
-
-def _write_text(file: Path, text: str) -> None:
-    """Replace a file at once."""
-    part = file.with_name(file.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    force(part)
-    part.replace(file)

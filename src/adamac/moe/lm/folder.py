@@ -1,0 +1,138 @@
+"""The folder of a training run: what lies where, whose it is, and writing that a kill does not tear.
+
+``run.json`` (the recipe, and how rows are sent), ``tokenizer.json``, ``data/`` (the prepared corpus, unless a prepared one was
+given), ``rows.jsonl`` (a JSON object a step) and ``checkpoints/``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adamac._version import __version__
+from adamac.moe.lm import checkpoint
+from adamac.moe.lm.recipe import Recipe
+from adamac.moe.lm.sending import Sending
+from adamac.moe.weights import force
+
+
+class RunFolder:
+    """A run's files by name. What writes is called on one rank alone.
+
+    Attributes:
+        path: The folder.
+        checkpoints: Folder of checkpoints.
+        data: Folder of the corpus that was prepared for this run.
+        rows: File of rows.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints, self.data = path / "checkpoints", path / "data"
+        self.rows, self._about = path / "rows.jsonl", path / "run.json"
+
+    def is_begun(self, recipe: Recipe, resume: bool) -> bool:
+        """Whether it is this run's already; if not, it may become this run's.
+
+        Raises:
+            ValueError: If it is something else's.
+        """
+        path, begun = self.path, self._about.is_file()
+        if begun:
+            if not resume:
+                raise ValueError(
+                    f"{path} holds a run already; go on with it by --resume or choose another directory"
+                )
+            former = Recipe.from_dict(field(self._about, "recipe"))
+            if differences := recipe.differences(former):
+                raise ValueError(
+                    f"the run in {path} was begun with {', '.join(differences)}; resume it with the same"
+                )
+        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise ValueError(f"{path} is not empty and holds no run; choose another directory")
+        return begun
+
+    def claim(self, recipe: Recipe, sending: Sending | None) -> None:
+        """Make it this run's."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        about = {"adamac": __version__, "torch": torch.__version__, "recipe": recipe.to_dict()}
+        about["dispatchers"] = [] if sending is None else [asdict(sending)]
+        self._write("run.json", json.dumps(about, indent=2) + "\n")
+
+    def sendings(self) -> list[Sending]:
+        """How the run sent rows to experts so far, on each number of ranks and tokens; nothing of a run that never did."""
+        kept = checkpoint.read_json(self._about).get("dispatchers", [])
+        try:
+            return [Sending.from_dict(values) for values in kept]
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{self._about} is damaged: {error}") from None
+
+    def keep(self, sending: Sending | None) -> None:
+        """Add how the run sends rows now, if it never did so before."""
+        kept = self.sendings()
+        if sending is not None and sending not in kept:
+            about = checkpoint.read_json(self._about)
+            about["dispatchers"] = [asdict(each) for each in (*kept, sending)]
+            self._write("run.json", json.dumps(about, indent=2) + "\n")
+
+    def keep_tokenizer(self, text: str) -> None:
+        """Write the tokenizer, as its library has it."""
+        self._write("tokenizer.json", text)
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Add a row."""
+        with self.rows.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, allow_nan=False) + "\n")
+
+    def force_rows(self) -> None:
+        """See to it that the rows so far outlive the machine."""
+        if self.rows.exists():
+            force(self.rows)
+
+    def forget(self, step: int) -> None:
+        """Drop rows after a step, and a torn last line."""
+        if self.rows.exists():
+            rows = (line for line in _whole_lines(self.rows) if json.loads(line)["step"] <= step)
+            self._write("rows.jsonl", "".join(rows))
+
+    def read_rows(self) -> list[dict[str, Any]]:
+        """Read the rows; a last line that a kill tore is left out.
+
+        Raises:
+            ValueError: If there are none.
+        """
+        try:
+            return [json.loads(line) for line in _whole_lines(self.rows)]
+        except OSError as error:
+            raise ValueError(f"{self.path} holds no rows: {error}") from None
+
+    def _write(self, name: str, text: str) -> None:
+        """Replace a file at once."""
+        file = self.path / name
+        part = file.with_name(file.name + ".part")
+        part.write_text(text, encoding="utf-8")
+        force(part)
+        part.replace(file)
+
+
+def field(file: Path, name: str) -> Any:
+    """A field of a file that holds an object.
+
+    Raises:
+        ValueError: If it has none.
+    """
+    values = checkpoint.read_json(file)
+    if not isinstance(values, dict) or name not in values:
+        raise ValueError(f"{file} is damaged: expected an object with {name}")
+    return values[name]
+
+
+def _whole_lines(file: Path) -> list[str]:
+    """Lines of a file that have an end."""
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [line for line in lines if line.endswith("\n")]
