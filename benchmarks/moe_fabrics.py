@@ -54,7 +54,7 @@ def verdict_words(rows: list[Row]) -> str:
     ]  # fmt: skip
     pays = " and ".join(WORDS[fabric] for fabric, (_, best) in found.items() if best > 1.05)
     return (
-        f"**Does it pay here?** Forward: {'; '.join(lines)}. So on two ranks it pays over {pays}; over the others only "
+        f"**Does it pay here?** Forward: {'; '.join(lines)}. So on two ranks this layer pays over {pays}; over the others only "
         "against a baseline that sends a copy per expert, which nobody need do, and on one GPU not at all. Over NVLink the baseline is "
         "no slower than the best rival, so that the ratios are not owed to a slow baseline."
     )

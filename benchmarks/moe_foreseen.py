@@ -135,7 +135,7 @@ def ratio_words(found: list[Point]) -> str:
 
 def case_of(row: Row) -> tuple[Any, ...]:
     """What tells cases of one fabric apart."""
-    names = ("benchmark", "hidden", "top_k", "tokens", "routing", "experts")
+    names = ("benchmark", "hidden", "top_k", "ratio", "tokens", "routing", "experts")
     return (*(row.get(name) for name in names), tuple(row.get("rivals", ())))
 
 

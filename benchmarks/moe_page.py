@@ -3,13 +3,15 @@
     python -m benchmarks.moe_page
 
 Words that judge are here too, so that a figure can never be quoted beside an older page: by fabric in `moe_fabrics`, of kernels in
-`moe_profile`, of whole models in `moe_steps`, of the cost model in `moe_foreseen`, of quality in `moe_quality_page`.
+`moe_profile`, of whole models in `moe_steps`, of other shapes in `moe_grid`, of the cost model in `moe_foreseen` and `moe_grid_cost`,
+of quality in `moe_quality_page`.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
-from . import moe_foreseen, moe_quality_page
+from . import moe_foreseen, moe_grid, moe_grid_cost, moe_quality_page
 from .gpu_charts import save
 from .gpu_page import ROOT, table
 from .moe.rows import read
@@ -29,6 +31,7 @@ from .moe.summary import (
     kernels,
     layers,
     models,
+    ok,
     problems,
     rivals,
     target_lines,
@@ -45,12 +48,27 @@ from .moe_fabrics import (
 )
 from .moe_foreseen import WORDS, machines_of
 from .moe_profile import kind_table, launch_table, one_gpu_words
-from .moe_steps import decode_words, step_table, training_words
+from .moe_steps import busy_words, decode_words, layout_table, layout_words, step_table, training_words
 
 RESULTS = ROOT / "benchmarks" / "results"
 FABRICS = ("nvlink", "shm", "sockets", "none")
 AIMS = {"nvlink": (1.8, 1.4), "shm": (3.0, 2.0), "sockets": (3.8, 2.5), "none": (None, 1.2)}
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Later:
+    """Rows of runs after the one that the page begins with, each in a file of its own.
+
+    Attributes:
+        grid: Layers of other shapes.
+        models: Whole models.
+        layouts: Training steps of a model that lies whole on every rank, or in shares.
+    """
+
+    grid: list[Row]
+    models: list[Row]
+    layouts: list[Row]
 
 
 def main() -> None:
@@ -77,12 +95,17 @@ def quality() -> list[Row]:
     return read(RESULTS / "h200" / "moe_quality.jsonl")
 
 
+def later() -> Later:
+    """Rows of the runs after the last whole one."""
+    return Later(*(read(RESULTS / "h200" / f"moe_{what}.jsonl") for what in ("grid", "models", "layouts")))
+
+
 def drawn() -> str:
     """The page from the rows that there are."""
-    return page(*runs(), quality())
+    return page(*runs(), quality(), later())
 
 
-def page(rows: list[Row], former: list[Row], learned: list[Row]) -> str:
+def page(rows: list[Row], former: list[Row], learned: list[Row], new: Later) -> str:
     """The page as Markdown."""
     stamp, then = rows[-1], former[-1]
     machine = (
@@ -95,15 +118,17 @@ def page(rows: list[Row], former: list[Row], learned: list[Row]) -> str:
         f"{max(row['ranks'] for row in former)} × {then['device']} of another host at commit `{then['commit']}` (`h100/moe.jsonl`), when a layer was "
         "launched in twice as many pieces or more. Ratios hold "
         "within one run; times are medians of the slowest rank. Every arm had been held to one rank with all experts in "
-        "float64 before it was timed. What is measured, and how: `benchmarks/moe/__init__.py`.",
+        "float64 before it was timed. Later runs have files of their own, which are named with their commits where they are used. What is "
+        "measured, and how: `benchmarks/moe/__init__.py`.",
         "*fine_grained* is the baseline (CDAC), *bigmac* narrows to a quarter before sending (DCCA). Three dispatchers: a "
         "copy of a row for each expert (`all_to_all`), one for each rank (`per_rank`), every row to every rank "
         "(`all_gather`). Ratios are the baseline's time divided by BigMac's: with a copy per expert on both sides, as in the "
         "paper, and between the best dispatchers of both.",
         "## Targets",
-        table([*TARGETS_HEADER, "before"], compared(rows, former)),
+        table([*TARGETS_HEADER, "before"], compared(rows, former, new)),
         "![Ratios by fabric against their targets](assets/moe-ratios.svg)",
         verdict_words(rows),
+        moe_grid.verdict_words(new.grid),
         "## Where a forward pass's time goes on the device",
         "Kernels of one pass by what they are for, XL top-8, 16,384 tokens on each rank. A kernel that sends also waits for the "
         "other rank, and is counted with the wait.",
@@ -117,6 +142,8 @@ def page(rows: list[Row], former: list[Row], learned: list[Row]) -> str:
         "![A forward pass with nothing to do, at 1,024 and at 16,384 tokens](assets/moe-host.svg)",
         "*Before*, on two H100, another host set the pace too, so what fell is not owed to fewer launches alone.",
         launch_table(rows, former),
+        "## Other widths, ratios and numbers of experts a token",
+        moe_grid.section(new.grid, rows),
         "## More ranks: a projection",
         "Not measured: the cost model with this run's constants of NVLink, which were taken among two ranks, or with all collectives at a "
         "slower rate. XL top-8, 16,384 tokens on each rank, forward, baseline ÷ BigMac; *no host*: as if the host were never waited for.",
@@ -124,13 +151,21 @@ def page(rows: list[Row], former: list[Row], learned: list[Row]) -> str:
         "With more ranks a token's experts lie on more of them, so that every way of sending sends more for the same products, and "
         "a quarter of it counts for more.",
         "## Training, prefill and decoding",
-        "A model of the XL shape with random weights.",
-        *(models(fabric, own) for fabric, own in by_fabric(rows)),
-        training_words(rows),
-        step_table(rows),
+        f"Models of the XL and Medium shapes with random weights at commit `{new.models[-1]['commit']}` (`h200/moe_models.jsonl`). The training steps through "
+        "shared memory had the machine to themselves; what ran on one GPU shared the host with other work on the machine's other card and on its cores.",
+        *(models(fabric, own) for fabric, own in by_fabric(new.models)),
+        training_words(new.models, rows),
+        step_table(new.models, rows),
+        "Prefill and decoding of the XL shape in the run of the layers:",
+        models("none", [row for row in rows if row["fabric"] == "none"]),
         decode_words(rows),
+        busy_words(new.models),
+        "### A model whole on every rank, or in shares",
+        layout_words(new.layouts),
+        layout_table(new.layouts),
         "## The cost model",
         moe_foreseen.section(rows, former),
+        moe_grid_cost.section(new.grid),
         "## Quality",
         moe_quality_page.section(learned),
         "## The layer",
@@ -146,9 +181,9 @@ def page(rows: list[Row], former: list[Row], learned: list[Row]) -> str:
         *(kernels(fabric, own) for fabric, own in by_fabric(rows)),
         "## Collectives",
         *(collectives(fabric, own) for fabric, own in by_fabric(rows)),
-        problems(rows),
-        "Not part of this run: the fused activation ([measured before](decisions/activation-stays-apart.md)), other widths and ratios, "
-        "more than two ranks.",
+        problems([*rows, *new.models]),
+        "Not part of these runs: the fused activation ([measured before](decisions/activation-stays-apart.md)), other numbers of experts than 64, "
+        "widths above 4,096, more than two ranks.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -160,16 +195,21 @@ def by_fabric(rows: list[Row]) -> Iterable[tuple[str, list[Row]]]:
             yield fabric, own
 
 
-def compared(rows: list[Row], former: list[Row]) -> Iterable[list[str]]:
-    """The targets, and what the former run had found for each: forward / both passes."""
-    then = {line[0]: line for line in target_lines(former)}
-    for line in target_lines(rows):
-        before = (
-            " / ".join(cell for cell in then[line[0]][2:4] if cell not in ("", "-"))
-            if line[0] in then
-            else ""
-        )
-        yield [*line, before or "-"]
+def compared(rows: list[Row], former: list[Row], new: Later) -> Iterable[list[str]]:
+    """The targets, and what the former run had found for each: forward / both passes.
+
+    A training step is judged by the newest run, and what the run of the layers had found of it stands behind the former.
+    """
+    then, first = ({line[0]: line for line in target_lines(each)} for each in (former, rows))
+    for line in target_lines([*rows, *new.models]):
+        before = [_found(run[line[0]]) for run in (then, first) if line[0] in run and run[line[0]] != line]
+        yield [*line, ", then ".join(text for text in before if text) or "-"]
+    for what, line in zip(("bytes", "cost model"), target_lines(ok(new.grid, "moe_layer"))[-2:], strict=True):
+        yield [f"{what}: the same of the grid's layers", *line[1:], "-"]
+
+
+def _found(line: list[str]) -> str:
+    return " / ".join(cell for cell in line[2:4] if cell not in ("", "-"))
 
 
 def draw_ratios(rows: list[Row], former: list[Row], path: Path) -> None:

@@ -7,8 +7,9 @@ from benchmarks.gpu_page import ROOT
 from benchmarks.moe.summary import ok
 from benchmarks.moe_fabrics import ratios
 from benchmarks.moe_foreseen import Point, error_line, points, twice
-from benchmarks.moe_page import compared, drawn, quality, runs
+from benchmarks.moe_page import compared, drawn, later, quality, runs
 from benchmarks.moe_profile import KINDS, REST, ROUTER, ROWS_MOVED, by_kind, kind_of
+from benchmarks.moe_steps import by_best, by_copies, layout_table, trained
 
 from benchmarks import moe_quality_page
 
@@ -40,10 +41,51 @@ def test_the_page_names_every_chart_that_lies_beside_it():
 
 def test_every_target_says_what_was_found_before_and_one_that_is_new_says_nothing():
     rows, former = runs()
-    lines = {line[0]: line for line in compared(rows, former)}
+    lines = {line[0]: line for line in compared(rows, former, later())}
     assert lines["layer, XL top-8, copy per expert, sockets"][2:] == ["4.10", "3.73", "met", "3.82 / 3.66"]
     assert lines["layer, XL top-8, copy per expert, shm"][4] == "missed"
-    assert all(line[-1] == "-" for line in compared(rows, []) if line[0].startswith(("layer", "training")))
+    assert all(line[-1] == "-" for line in compared(rows, [], later()) if line[0].startswith("layer"))
+
+
+def test_a_training_step_is_judged_by_the_newest_run_and_both_before_stand_behind_it():
+    rows, former = runs()
+    lines = {line[0]: line for line in compared(rows, former, later())}
+    what = "training step, XL-shaped model, shm, "
+    assert lines[what + "copy per expert"][2:] == ["1.85", "-", "missed", "1.66, then 1.74"]
+    assert lines[what + "best dispatcher"][2:] == ["1.10", "-", "missed", "1.17, then 1.08"]
+
+
+def step(arm: str, ms: float, model: str = "xl", fabric: str = "shm") -> dict:
+    row = {"benchmark": "moe_model", "status": "ok", "work": "train", "model": model, "fabric": fabric}
+    return row | {"arm": arm, "preset": arm.split("/")[0], "p50_ms": ms}
+
+
+def test_steps_are_compared_within_a_model_and_a_fabric():
+    arms = "fine_grained/all_to_all", "fine_grained/all_gather", "bigmac/all_to_all", "bigmac/per_rank"
+    rows = [step(arm, ms) for arm, ms in zip(arms, (8.0, 3.0, 4.0, 2.0), strict=True)]
+    rows += [step(arm, 0.1, model="medium") for arm in arms] + [step(arm, 0.1, fabric="none") for arm in arms]
+    steps = trained(rows, "xl", "shm")
+    assert (by_copies(steps), by_best(steps)) == (2.0, 1.5)
+
+
+def test_shares_are_compared_with_the_whole_model_that_does_the_same_work():
+    def row(layout: str, expert_ranks: int, ms: float) -> dict:
+        return {
+            "layout": layout,
+            "expert_ranks": expert_ranks,
+            "pieces": 1,
+            "p50_ms": ms,
+            "peak_gib": 1.0,
+        } | {"parameters_held": 1e6}
+
+    rows = [
+        row("replicated", 1, 10.0),
+        row("sharded", 2, 30.0),
+        row("replicated", 2, 20.0),
+        row("sharded", 1, 40.0),
+    ]
+    ratios = [line.split(" | ")[-1].rstrip(" |") for line in layout_table(rows).splitlines()[2:]]
+    assert ratios == ["1.00", "1.50", "1.00", "4.00"]
 
 
 def test_ratios_are_of_the_case_without_rivals_and_of_the_best_of_either_side():
