@@ -125,7 +125,9 @@ def _work(row: Row) -> tuple[int, int]:
 
 def decode_words(rows: list[Row]) -> str:
     """What a decoded token waits for."""
-    decoded = {(row["batch"], row["preset"]): row for row in ok(rows, "moe_model") if row["work"] == "decode"}
+    decoded, captured = (
+        {(row["batch"], row["preset"]): row for row in _decoding(rows, captured=way)} for way in (False, True)
+    )
     times = {key: f"{row['p50_ms']:.0f} ms (p95 {row['p95_ms']:.0f})" for key, row in decoded.items()}
     layers = next(iter(decoded.values()))["layers"]
     floor = layers * machines_of(rows)["none"].least_ms["local"]
@@ -135,12 +137,33 @@ def decode_words(rows: list[Row]) -> str:
         f"{'longer' if longer else 'no longer'}, {times[16, BASELINE]} and {times[16, 'bigmac']}. So it is the host again: {layers} layers of experts at their "
         f"floor are {floor:.0f} ms, and attention comes on top. One arm differs between batches by as much as the arms differ; the ratios are "
         "the host's pace, no gain of a shape."
+    ) + (_captured_words(decoded, captured) if captured else "")
+
+
+def _decoding(rows: list[Row], *, captured: bool) -> list[Row]:
+    """Decoding steps: those replayed from a graph, or those that grow, as all are in rows of former runs."""
+    kind = ("static", True) if captured else ("growing", False)
+    found = [row for row in ok(rows, "moe_model") if row["work"] == "decode"]
+    return [row for row in found if (row.get("step", "growing"), row.get("captured", False)) == kind]
+
+
+def _captured_words(decoded: dict[tuple[int, str], Row], captured: dict[tuple[int, str], Row]) -> str:
+    """What capturing the step in a CUDA graph gains."""
+    times = {key: f"{row['p50_ms']:.1f} ms (p95 {row['p95_ms']:.1f})" for key, row in captured.items()}
+    gains = [decoded[key]["p50_ms"] / row["p50_ms"] for key, row in captured.items()]
+    said = [
+        f"{'one text' if batch == 1 else f'{batch} texts'}: {times[batch, BASELINE]} and {times[batch, 'bigmac']}"
+        for batch in sorted({batch for batch, _ in captured})
+    ]
+    return (
+        f" Captured in a CUDA graph and replayed, as `generate` does on one GPU, a token takes for {'; for '.join(said)}; "
+        f"that is {min(gains):.1f} to {max(gains):.1f} times as fast as the steps that the host launches piece by piece."
     )
 
 
 def busy_words(rows: list[Row]) -> str:
     """What the run on a busy host says of decoding, and does not."""
-    found = [row for row in ok(rows, "moe_model") if row["work"] == "decode"]
+    found = _decoding(rows, captured=False)
     times = {(row["model"], row["batch"], row["preset"]): row["p50_ms"] for row in found}
     told = [
         f"{_times(times, model, 1)} of one text and {_times(times, model, 16)} of sixteen ({title})"

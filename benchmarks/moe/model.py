@@ -2,7 +2,9 @@
 
 A *training step* is one optimiser step of AdamW in bfloat16 on 16,384 tokens of each rank, in four micro-batches, gradients added over
 the ranks once: the paper's half a million tokens on 32 GPUs. *Prefill* reads a prompt; a *decoding step* adds a token to
-every text of a batch, keys and values kept. Every rank has texts of its own. Routing is what random weights make of random
+every text of a batch, keys and values kept. Steps are timed in two ways: ``growing`` reads what there is, launched piece by
+piece; ``static`` is what ``generate`` does where all experts are on one rank, the same step for each token, captured in a CUDA
+graph where ``captured`` says so. Rows of former runs, which do not say, are growing ones. Every rank has texts of its own. Routing is what random weights make of random
 tokens, close to even.
 """
 
@@ -12,6 +14,7 @@ import math
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +25,7 @@ from torch.nn import functional
 from adamac.moe import PAPER_MODELS, preset
 from adamac.moe.dispatch import choose
 from adamac.moe.lm.cache import Cache
+from adamac.moe.lm.decoding import Decoder
 from adamac.moe.lm.model import GPT, GPTConfig
 from adamac.moe.parallel import average_gradients, expert_mesh
 from adamac.moe.presets import PaperModel
@@ -141,22 +145,31 @@ def _serve(case: ModelCase, crew: Crew, common: Row, arms: list[_Arm]) -> None:
         generator = torch.Generator(crew.device).manual_seed(crew.rank)
         ids = torch.randint(paper.vocabulary, (batch, prompt), generator=generator, device=crew.device)
         texts = {arm.name: _Texts(arm, ids, prompt + steps + 2) for arm in arms}
-        kinds = {"prefill": 1.0 * prompt, "decode": 1.0}
-        for work, tokens in kinds.items():
+        # Experts on several ranks cannot be captured: there a static step has nothing to show.
+        works = ("prefill", "growing", "static") if crew.ranks == 1 else ("prefill", "growing")
+        budget_s = case.budget_s / len(_BATCHES) / len(works)
+        for work in works:
+            static = work == "static"
+            begins = {name: text.begin if static else text.prefill for name, text in texts.items()}
+            adds = {name: text.step if static else text.grow for name, text in texts.items()}
             # Warm-up reads the prompt and adds a token, whichever of the two is timed.
-            warm = {
-                name: lambda text=text: (text.prefill(), text.decode())[1] for name, text in texts.items()
-            }
+            warm = {name: partial(_one_token, begins[name], adds[name]) for name in texts}
             good, rows = _warm(warm, crew)
-            prefills = {name: texts[name].prefill for name in good}
-            decodes = {name: texts[name].decode for name in good}
-            budget_s = case.budget_s / len(_BATCHES) / len(kinds)
+            begins, adds = ({name: each[name] for name in good} for each in (begins, adds))
+            entries = common | {"work": "prefill" if work == "prefill" else "decode", "batch": batch}
             if work == "prefill":
-                times = turns(prefills, crew, budget_s)
+                times, tokens = turns(begins, crew, budget_s), prompt
             else:
-                times = turns(decodes, crew, budget_s, inner=steps, untimed=2, prepare=prefills)
-            entries = common | {"work": work, "batch": batch}
+                times, tokens = turns(adds, crew, budget_s, inner=steps, untimed=2, prepare=begins), 1
+                entries |= {"step": work, "captured": False}
+            for name in good if static else ():
+                rows[name] |= texts[name].capture()
             _hand_out(crew, entries, arms, rows, times, tokens * batch * crew.ranks)
+
+
+def _one_token(begin: Callable[[], Any], add: Callable[[], float]) -> float:
+    begin()
+    return add()
 
 
 class _Texts:
@@ -165,19 +178,47 @@ class _Texts:
     def __init__(self, arm: _Arm, prompt: Tensor, room: int) -> None:
         self.arm, self.prompt, self.room = arm, prompt, room
         self.cache: Cache | None = None
-        self.last = prompt[:, -1:]
+        self.decoder: Decoder | None = None
+        self.last, self.best = prompt[:, -1:], torch.zeros(len(prompt), device=prompt.device)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def prefill(self) -> float:
         weight = self.arm.model.embedding.weight
-        self.cache = None  # its memory is free before the next is allocated
+        self.cache = self.decoder = None  # their memory is free before the next is allocated
         padding = [0] * len(self.prompt)
         self.cache = Cache(self.arm.model.config, padding, self.room, weight.device, weight.dtype)
         return self._read(self.prompt)
 
-    @torch.inference_mode()
-    def decode(self) -> float:
+    @torch.no_grad()
+    def grow(self) -> float:
+        """Add a token by a step that reads as much as there is."""
         return self._read(self.last)
+
+    def begin(self) -> None:
+        """Read the prompt and hand it to a decoder, whose first step captures."""
+        self.prefill()
+        assert self.cache is not None, "just read"
+        best = self.best  # not self: a decoder that hangs in a cycle is freed late
+
+        def likeliest(logits: Tensor, read: Tensor) -> Tensor:
+            found, ids = logits.max(-1)
+            best.copy_(found)
+            return ids
+
+        model, left = self.arm.take(), self.room - self.cache.length
+        self.decoder = Decoder(model, self.cache, self.last[:, 0], likeliest, tokens=left)
+
+    def step(self) -> float:
+        """Add a token by the decoder's step."""
+        assert self.decoder is not None, "a decoder begins before it adds a token"
+        self.decoder.step()
+        return float(self.best.sum())  # waits like the other way
+
+    def capture(self) -> Row:
+        """Whether the decoder's steps were captured, and why not."""
+        assert self.decoder is not None, "a decoder begins before it captures"
+        reason = {} if self.decoder.captured else {"not_captured": self.decoder.reason}
+        return {"captured": self.decoder.captured, **reason}
 
     def _read(self, ids: Tensor) -> float:
         assert self.cache is not None, "a prompt is read before a token is added"

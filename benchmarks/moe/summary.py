@@ -360,7 +360,8 @@ def kernels(fabric: str, rows: list[Row]) -> str:
 def models(fabric: str, rows: list[Row]) -> str:
     lines = []
     for row in ok(rows, "moe_model"):
-        what = row["work"] + (f", batch {row['batch']}, prompt {row['prompt']}" if "batch" in row else "")
+        what = row["work"] + _step(row)
+        what += f", batch {row['batch']}, prompt {row['prompt']}" if "batch" in row else ""
         times = [f"{row[name]:.2f}" for name in ("p50_ms", "p95_ms", "p99_ms")]
         ratios = [_number(row.get(name)) for name in ("over_copy_per_expert", "over_best_baseline")]
         model = f"{row['model']} top-{row['top_k']}"
@@ -382,6 +383,15 @@ def models(fabric: str, rows: list[Row]) -> str:
         "peak GiB",
     ]
     return _headed(f"Models with random weights on {fabric}, {_ranks(rows)}", header, lines)
+
+
+def _step(row: Row) -> str:
+    """What kind of decoding step it was, of one that does not grow; rows of former runs have no others."""
+    if row.get("step", "growing") == "growing":
+        return ""
+    return (
+        ", captured" if row["captured"] else f", static, not captured ({row.get('not_captured', 'failed')})"
+    )
 
 
 def problems(rows: list[Row]) -> str:

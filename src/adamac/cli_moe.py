@@ -25,6 +25,7 @@ from adamac.cli_moe_bench import MoeBench, moe_bench
 
 if TYPE_CHECKING:
     from adamac.moe.lm.corpus import Corpus
+    from adamac.moe.lm.decoding import Decoder
     from adamac.moe.lm.recipe import Recipe
     from adamac.moe.lm.sending import Sending
     from adamac.moe.lm.train import Result, Row
@@ -222,7 +223,7 @@ def moe_generate(options: MoeGenerate, console: Console) -> int:
     if options.samples < 1:
         raise BadInput(f"samples must be at least 1, got {options.samples}")
     prompts = [prompt for prompt in options.prompt for _ in range(options.samples)]
-    texts = _continue(options, prompts)
+    texts = _continue(options, prompts, console)
     for prompt, text in zip(prompts, texts, strict=True):
         console.print(f"[bold]{_plain(prompt)}[/]{_plain(text)}", highlight=False, soft_wrap=True)
         console.print()
@@ -311,7 +312,7 @@ class _Watching:
 def _tell(result: Result, options: MoeTrain, console: Console) -> None:
     """Say what was reached, show what the model writes, and how to have more of it."""
     tokens = min(SAMPLE_TOKENS, options.context - 1)
-    text = _continue(MoeGenerate(options.out, tokens=tokens, device=options.device), [""])[0]
+    text = _continue(MoeGenerate(options.out, tokens=tokens, device=options.device), [""], console)[0]
     reached = (
         f"{result.steps} steps in {_duration(result.time_s)}: [bold]{result.bits_per_byte:.3f}[/] bits per byte of "
         f"held-out text; knowing only how often each token occurs gives {result.unigram_bits_per_byte:.3f}"
@@ -321,8 +322,8 @@ def _tell(result: Result, options: MoeTrain, console: Console) -> None:
         console.print(line, highlight=False, soft_wrap=True)
 
 
-def _continue(options: MoeGenerate, prompts: list[str]) -> list[str]:
-    """Continuations of prompts, each with the next seed."""
+def _continue(options: MoeGenerate, prompts: list[str], console: Console) -> list[str]:
+    """Continuations of prompts, each with the next seed; says so where a GPU waits for its host at every operation."""
     import torch
 
     from adamac.moe.lm.checkpoint import load_model, load_tokenizer
@@ -333,6 +334,12 @@ def _continue(options: MoeGenerate, prompts: list[str]) -> list[str]:
     device = find_device(options.device)  # one process, also where several trained
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = load_model(options.directory, device, dtype)
+
+    def told(decoder: Decoder) -> None:
+        if device.type == "cuda" and not decoder.captured:
+            line = f"decoding was not captured in a CUDA graph: {decoder.reason}"
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+
     added = generate(
         model,
         [[tokenizer.end, *ids] for ids in tokenizer.encode_all(prompts)],
@@ -341,6 +348,7 @@ def _continue(options: MoeGenerate, prompts: list[str]) -> list[str]:
         top_k=options.top_k or None,
         seeds=range(options.seed, options.seed + len(prompts)),
         end=tokenizer.end,
+        watcher=told,
     )
     return [tokenizer.decode(ids) for ids in added]
 

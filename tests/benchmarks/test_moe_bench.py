@@ -95,12 +95,18 @@ def test_a_rehearsal_of_whole_models_on_one_rank(tmp_path):
     rows = [row for row in found if row["benchmark"] == "moe_model"]
     assert [(row["work"], row.get("batch")) for row in rows[::2]] == [
         ("train", None),
-        *((work, batch) for batch in (1, 16) for work in ("prefill", "decode")),
+        *((work, batch) for batch in (1, 16) for work in ("prefill", "decode", "decode")),
     ]
     assert {row["arm"] for row in rows} == {"fine_grained/local", "bigmac/local"}
     assert all(row["tokens_per_s"] > 0 for row in rows)
     assert all(row["n"] >= 32 for row in rows if row["work"] == "decode")
-    assert "decode, batch 16, prompt 32" in tables(rows)
+    steps = [(row["step"], row["captured"]) for row in rows if row["work"] == "decode"]
+    assert steps[::2] == [("growing", False), ("static", False)] * 2
+    assert "| decode, batch 16, prompt 32 |" in tables(rows)
+    assert (
+        "| decode, static, not captured (the model is on cpu, and CUDA graphs are for GPUs), batch 16"
+        in tables(rows)
+    )
 
 
 def test_what_the_cost_model_says_stands_beside_what_was_measured(tmp_path):

@@ -25,7 +25,7 @@ from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed, Wan
 from transformers import UMT5Config, UMT5EncoderModel
 
 from adamac.embedded.muon import Muon
-from adamac.embedded.replay import Replayed
+from adamac.ops.replay import Replayed
 
 logger = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
     unpatchify,
 )
 
-from adamac.embedded.replay import Replayed
+from adamac.ops.replay import Replayed
 
 logger = logging.getLogger(__name__)
 

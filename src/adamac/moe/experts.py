@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from adamac.moe.presets import MoEConfig
 from adamac.ops.grouped_mlp import MlpImpl, activate, check_fused, grouped_mlp
-from adamac.ops.grouped_mm import chosen
+from adamac.ops.grouped_mm import chosen, torch_waits
 
 
 class Experts(nn.Module):
@@ -90,6 +90,12 @@ class Experts(nn.Module):
         inner = torch.empty(0, config.ffn, dtype=dtype, device=device)
         through = {chosen(self.impl, rows, self.up), chosen(self.impl, inner, self.down)}
         return "torch" if through == {"torch"} else "reference"
+
+    def waits(self) -> str | None:
+        """Say why computing them on a GPU waits for the device, in the dtype of their parameters; ``None`` if it does not."""
+        if self.runs() == "reference":
+            return "the experts run in a loop that waits for the device (reference)"
+        return torch_waits(self.up)
 
     def extra_repr(self) -> str:
         """What distinguishes the experts in a printed model."""

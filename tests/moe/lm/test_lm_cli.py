@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from types import SimpleNamespace
 
 import pytest
 
@@ -52,6 +53,21 @@ def test_train_generate_export(capsys, trained, tmp_path):
     assert cli.main(["moe", "export", "out/moe", "--to", "hf"]) == 0
     assert "AutoModelForCausalLM.from_pretrained('hf')" in capsys.readouterr().out
     assert (tmp_path / "hf" / "model.safetensors").exists()
+
+
+def test_decoding_that_a_gpu_could_not_capture_says_why_in_a_line(trained, monkeypatch, capsys):
+    def generate(model, prompts, *, watcher, **more):
+        watcher(SimpleNamespace(captured=False, reason="it waits [always]"))
+        return [[] for _ in prompts]
+
+    monkeypatch.setattr("adamac.moe.lm.generate.generate", generate)
+    monkeypatch.setattr("adamac.moe.lm.checkpoint.load_model", lambda *given: None)
+    line = "decoding was not captured in a CUDA graph: it waits [always]\n"
+    assert cli.main(["moe", "generate", "out/moe"]) == 0
+    assert line not in capsys.readouterr().out
+    monkeypatch.setattr("adamac.moe.lm.world.find_device", lambda name: SimpleNamespace(type="cuda"))
+    assert cli.main(["moe", "generate", "out/moe"]) == 0
+    assert capsys.readouterr().out.count(line) == 1
 
 
 def test_a_run_is_resumed_or_left_alone(trained, capsys):

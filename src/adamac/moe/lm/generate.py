@@ -6,16 +6,18 @@ on which prompts it shares a batch with.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from adamac.moe.lm.cache import Cache
+from adamac.moe.lm.decoding import Decoder
 from adamac.moe.lm.model import GPT
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode: a recording made in it would be refused to others that record outside of it
 def generate(
     model: GPT,
     prompts: Sequence[Sequence[int]],
@@ -25,6 +27,7 @@ def generate(
     top_k: int | None = 50,
     seeds: Sequence[int] | None = None,
     end: int | None = None,
+    watcher: Callable[[Decoder], None] | None = None,
 ) -> list[list[int]]:
     """Continue prompts.
 
@@ -36,6 +39,7 @@ def generate(
         top_k: Sample from so many likeliest tokens only; ``None`` from all.
         seeds: One for each prompt; ``None`` is 0, 1, 2, ...
         end: Id at which a text ends; it is not part of the result. ``None``: none ends.
+        watcher: Is told at the end what decoded: whether it was captured in a CUDA graph and, if not, for what reason.
 
     Returns:
         What was added to each prompt.
@@ -45,8 +49,6 @@ def generate(
     """
     seeds = range(len(prompts)) if seeds is None else seeds
     _check(model, prompts, tokens, temperature, top_k, seeds)
-    was_training = model.training
-    model.eval()
     weight = model.embedding.weight
     device, longest = weight.device, max(map(len, prompts))
     padding = [longest - len(prompt) for prompt in prompts]
@@ -55,18 +57,24 @@ def generate(
     )
     draws = torch.stack([_draws(seed, tokens) for seed in seeds]).to(device)
     cache = Cache(model.config, padding, longest + tokens, device, weight.dtype)
-    added: list[Tensor] = []
-    ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    for step in range(tokens):
-        features = model.features(ids, cache.advance(ids.shape[1]))
-        chosen = choose(model.logits(features[:, -1]), draws[:, step], temperature, top_k)
-        added.append(chosen)
-        if end is not None:
-            ended |= chosen == end
-            if ended.all():
-                break
-        ids = chosen[:, None]
-    model.train(was_training)
+
+    def following(logits: Tensor, read: Tensor) -> Tensor:
+        return choose(logits, draws.index_select(1, read - longest)[:, 0], temperature, top_k)
+
+    with _in_evaluation(model):
+        features = model.features(ids, cache.advance(longest))
+        read = torch.full((1,), longest, device=device)
+        added = [following(model.logits(features[:, -1]), read)]
+        decoder = Decoder(model, cache, added[0], following, tokens=tokens - 1)
+        ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+        while len(added) < tokens:
+            if end is not None:
+                ended |= added[-1] == end
+                if ended.all():
+                    break
+            added.append(decoder.step())
+    if watcher is not None:
+        watcher(decoder)
     return [_until(row, end) for row in torch.stack(added, 1).tolist()]
 
 
@@ -88,6 +96,16 @@ def choose(logits: Tensor, draws: Tensor, temperature: float, top_k: int | None)
     shares = (best / temperature).softmax(-1).cumsum(-1)
     place = (shares <= draws[:, None] * shares[:, -1:]).sum(-1, keepdim=True)
     return ids.gather(1, place.clamp_max(ids.shape[1] - 1)).squeeze(1)
+
+
+@contextmanager
+def _in_evaluation(model: GPT) -> Generator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def _draws(seed: int, count: int) -> Tensor:

@@ -100,7 +100,8 @@ class View:
 
     Attributes:
         positions: ``[batch, tokens]`` int64, place of each token in its text.
-        mask: ``[batch, 1, tokens, keys]`` bool, what each token reads; ``None`` is all before it and itself.
+        mask: ``[batch, 1, tokens, keys]``, what each token reads, as bool or as what is added to its scores; ``None`` is all
+            before it and itself.
         valid: ``[batch, tokens]`` bool, which are no padding; ``None`` is all. Padding reaches no expert.
         keep: Stores keys and values of earlier calls; ``None`` where there are none.
     """

@@ -89,6 +89,19 @@ def torch_problem(rows: Tensor, weights: Tensor) -> str | None:
     return None
 
 
+def torch_waits(weights: Tensor) -> str | None:
+    """Say why PyTorch's grouped product with these waits for the device, or ``None`` if it does not."""
+    if weights.dtype != torch.bfloat16:
+        return (
+            f"in {weights.dtype} PyTorch loops over the experts and waits for the device; bfloat16 does not"
+        )
+    if weights.device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(weights.device)
+        if major not in (9, 10):
+            return f"on compute capability {major}.{minor} PyTorch loops over the experts and waits for the device"
+    return None
+
+
 def _check(rows: Tensor, weights: Tensor, counts: Tensor) -> None:
     if rows.ndim != 2 or weights.ndim != 3 or rows.shape[1] != weights.shape[1]:
         raise ValueError(

@@ -1,0 +1,110 @@
+"""Decoding: the same step for each token, so that a GPU can replay it.
+
+A step adds one token to every text. What it launches does not depend on how much was read before, which column comes next is a
+number on the device, and nothing is read back. So on a GPU it is recorded once as a CUDA graph, and from then on a token costs
+the host one launch, not some forty for each layer. Elsewhere the same step runs as it is.
+
+A recording is made of one shape and of the memory that the model's weights have now: a decoder lives as long as its texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from adamac.moe.dispatch import Local
+from adamac.moe.lm.cache import Cache
+from adamac.moe.lm.model import GPT
+from adamac.moe.timing import Clock
+from adamac.ops.replay import Replayed
+
+Choose = Callable[[Tensor, Tensor], Tensor]
+"""``[batch, vocab]`` logits and the ``[1]`` number of columns read to the next token of each text, ``[batch]`` int64."""
+
+FEWEST = 8
+"""Tokens from which recording pays: it takes three steps to warm up, one to record, and about one more to make the graph."""
+
+
+class Decoder:
+    """Adds a token to each of some texts whose prompts are in a cache, again and again.
+
+    Attributes:
+        cache: What was read; it grows by a column a step.
+    """
+
+    def __init__(self, model: GPT, cache: Cache, last: Tensor, choose: Choose, *, tokens: int) -> None:
+        """Take texts over.
+
+        Args:
+            model: In evaluation; it must neither move nor change its dtype meanwhile.
+            cache: All of each text but its last token. Nobody else may write to it meanwhile.
+            last: ``[batch]`` int64, the last token of each text.
+            choose: Chooses the next. It may not read anything back from the device.
+            tokens: How many steps will be asked for at most.
+        """
+        self.cache = cache
+        self._ids, self._column = last[:, None], torch.full((1,), cache.length, device=last.device)
+        self._obstacle = obstacle(model, tokens)
+        step = partial(_step, model, cache, choose)  # no method: memory that hangs in a cycle is freed late
+        self._step = step if self._obstacle else Replayed(step)
+
+    @property
+    def reason(self) -> str:
+        """Why steps are not captured in a CUDA graph, in words; empty if they are. The first step may find one more."""
+        return self._step.problem if isinstance(self._step, Replayed) else self._obstacle
+
+    @property
+    def captured(self) -> bool:
+        """Whether steps are replayed from a CUDA graph."""
+        return not self.reason
+
+    @torch.no_grad()
+    def step(self) -> Tensor:
+        """Read the last token of each text and choose the next.
+
+        Returns:
+            ``[batch]`` int64; the device may not be done with it.
+
+        Raises:
+            ValueError: If the cache has no room.
+        """
+        if self.cache.length >= self.cache.room:
+            raise ValueError(
+                f"the cache has room for {self.cache.room} columns and all are written; give it more room or ask for fewer tokens"
+            )
+        self._ids, self._column = self._step(self._ids, self._column)
+        self.cache.length += 1
+        return self._ids[:, 0].clone()  # the next step writes over it
+
+
+def obstacle(model: GPT, tokens: int) -> str:
+    """Say why decoding so many tokens is not captured in a CUDA graph, in words; empty if it is."""
+    weight = model.embedding.weight
+    if weight.device.type != "cuda":
+        return f"the model is on {weight.device.type}, and CUDA graphs are for GPUs"
+    if tokens < FEWEST:
+        return f"{tokens} tokens are fewer than the {FEWEST} from which recording pays"
+    if torch.is_autocast_enabled("cuda"):
+        return "autocast is on, which casts weights anew in each step; cast the model itself"
+    if any(hasattr(parameter, "to_local") for parameter in model.parameters()):
+        return "parameters are spread over ranks, which would have to record together"
+    for moe in model.moes:
+        if not isinstance(moe.dispatcher, Local):
+            return f"rows are sent to other ranks ({type(moe.dispatcher).__name__}), which waits for them"
+        if moe.router.config.capacity is not None:
+            return "experts have a capacity: how many tokens they have no room for is read back"
+        if type(moe.clock) is not Clock:
+            return f"the layers' stages are timed ({type(moe.clock).__name__}), which a recording cannot be"
+        if problem := moe.experts.waits():
+            return problem
+    return ""
+
+
+def _step(model: GPT, cache: Cache, choose: Choose, ids: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
+    """From the last tokens and their column to the next ones and theirs: done twice, it is as if done once."""
+    features = model.features(ids, cache.at(column))
+    read = column + 1
+    return choose(model.logits(features[:, -1]), read)[:, None], read
