@@ -57,7 +57,7 @@ class Found:
     Attributes:
         calls: Single calls, by shape and arm.
         former: The same on the card before, with the defaults of then.
-        others: Single calls at other densities, newest first.
+        others: Single calls at other densities.
         steps: Denoising steps by run, nothing compiled.
         compiled: The same with compiled blocks.
         scaling: Steps of one video on one and on several GPUs.
@@ -67,7 +67,7 @@ class Found:
 
     calls: Rows
     former: Rows
-    others: list[Rows]
+    others: Rows
     steps: Runs
     compiled: Runs
     scaling: list[Row]
@@ -81,10 +81,7 @@ class Found:
         return cls(
             calls=by_arm(read(NEW, "attention.jsonl")),
             former=by_arm(read(FORMER, "attention.jsonl")),
-            others=[
-                by_arm(read(NEW, "attention_densities.jsonl")),
-                by_arm(read(FORMER, "attention_second_run.jsonl")),
-            ],
+            others=by_arm(read(NEW, "attention_densities.jsonl")),
             steps=by_run([*read(FORMER, "end_to_end.jsonl"), *read(NEW, "end_to_end.jsonl"), *single]),
             compiled=by_run([*read(FORMER, "compiled.jsonl"), *read(NEW, "compiled.jsonl")]),
             scaling=scaling,
@@ -298,13 +295,12 @@ def key_rows(attention: Rows) -> Iterable[list[str]]:
             yield [shape, f"{calls[0]['k_clusters']:,}", *cells, f"{planning:.2f}"]
 
 
-def other_rows(others: list[Rows]) -> Iterable[list[str]]:
-    """Rows of the table of other densities, each from the newest run that has the shape."""
+def other_rows(others: Rows) -> Iterable[list[str]]:
+    """Rows of the table of other densities."""
     for shape in SHAPES:
-        rows = next(rows for rows in others if (shape, ours(30)) in rows)
-        row = rows[shape, ours(30)]
-        where = f"{row['commit']}, {row['device'].removesuffix(' 80GB HBM3')}"
-        yield [shape, *(times(rows, shape, ours(d)) for d in (30, 5)), row["fastest_dense"], where]
+        row = others[shape, ours(30)]
+        where = f"{row['commit']}, {row['device']}"
+        yield [shape, *(times(others, shape, ours(d)) for d in (30, 5)), row["fastest_dense"], where]
 
 
 def rival_rows(attention: Rows) -> Iterable[list[str]]:

@@ -31,10 +31,7 @@ KEYS = (
     "model ([results](results.md)). They cost 5 to 15 % of a call:"
 )
 
-OTHER_DENSITIES = (
-    "Other densities; at CogVideoX-2B's length 30 % is as slow as dense. Those over cuDNN (*native* is torch's choice, which is "
-    "cuDNN there) are of an older kernel and clusters by tokens, before flash-attn-4 could be loaded:"
-)
+OTHER_DENSITIES = "Other densities, in later runs; at CogVideoX-2B's length 30 % is as slow as dense:"
 
 CALLS = (
     "From 75,000 tokens on 81 to 88 % of a call are the attention kernel, at three quarters of flash-attn-4's rate. Its rate "

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 
-from adamac.bakeoff.machine import machine_stamp
 from adamac.moe import MoE, preset
 from adamac.moe.rows import by_label, gathered
 from adamac.ops.gate import gate
@@ -40,19 +39,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--hidden", type=int, default=2048)
-    parser.add_argument("--commit", default=None)
     parser.add_argument("--profile", action="store_true")
     options = parser.parse_args()
-    stamp = machine_stamp(options.device)
-    if options.commit:
-        stamp["commit"] = options.commit
     rows = []
     with torch.inference_mode():
         for name, launches, step in calls(options.device, options.hidden):
             row = {"benchmark": "launch_cost", "call": name, "launches": launches} | host_us(
                 step, options.device
             )
-            rows.append(row | stamp)
+            rows.append(row)
             print(*(f"{key}={row[key]}" for key in row if key != "benchmark"), flush=True)
         if options.profile:
             _print_profile(step)

@@ -20,7 +20,7 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
-from . import moe_foreseen, moe_grid, moe_grid_cost, moe_quality_page
+from . import moe_foreseen, moe_grid, moe_grid_cost, moe_quality_page, moe_serving
 from .gpu_charts import save
 from .gpu_page import ROOT, table
 from .moe.rows import read
@@ -47,8 +47,8 @@ from .moe_fabrics import (
     verdict_words,
 )
 from .moe_foreseen import WORDS, machines_of
-from .moe_profile import kind_table, launch_table, one_gpu_words
-from .moe_steps import busy_words, decode_words, layout_table, layout_words, step_table, training_words
+from .moe_profile import cost_table, cost_words, kind_table, launch_table, one_gpu_words
+from .moe_steps import layout_table, layout_words, step_table, training_words
 
 RESULTS = ROOT / "benchmarks" / "results"
 FABRICS = ("nvlink", "shm", "sockets", "none")
@@ -62,13 +62,17 @@ class Later:
 
     Attributes:
         grid: Layers of other shapes.
-        models: Whole models.
+        models: Whole models; of these rows the page has the training steps.
+        serving: Prefill and decoding.
         layouts: Training steps of a model that lies whole on every rank, or in shares.
+        launching: What the host pays for a launch.
     """
 
     grid: list[Row]
     models: list[Row]
+    serving: list[Row]
     layouts: list[Row]
+    launching: list[Row]
 
 
 def main() -> None:
@@ -97,7 +101,8 @@ def quality() -> list[Row]:
 
 def later() -> Later:
     """Rows of the runs after the last whole one."""
-    return Later(*(read(RESULTS / "h200" / f"moe_{what}.jsonl") for what in ("grid", "models", "layouts")))
+    names = ("moe_grid", "moe_models", "moe_serving", "moe_layouts", "launch_cost")
+    return Later(*(read(RESULTS / "h200" / f"{name}.jsonl") for name in names))
 
 
 def drawn() -> str:
@@ -142,6 +147,8 @@ def page(rows: list[Row], former: list[Row], learned: list[Row], new: Later) -> 
         "![A forward pass with nothing to do, at 1,024 and at 16,384 tokens](assets/moe-host.svg)",
         "*Before*, on two H100, another host set the pace too, so what fell is not owed to fewer launches alone.",
         launch_table(rows, former),
+        cost_words(new.launching),
+        cost_table(new.launching),
         "## Other widths, ratios and numbers of experts a token",
         moe_grid.section(new.grid, rows),
         "## More ranks: a projection",
@@ -150,19 +157,20 @@ def page(rows: list[Row], former: list[Row], learned: list[Row], new: Later) -> 
         projected(rows),
         "With more ranks a token's experts lie on more of them, so that every way of sending sends more for the same products, and "
         "a quarter of it counts for more.",
-        "## Training, prefill and decoding",
+        "## Training",
         f"Models of the XL and Medium shapes with random weights at commit `{new.models[-1]['commit']}` (`h200/moe_models.jsonl`). The training steps through "
         "shared memory had the machine to themselves; what ran on one GPU shared the host with other work on the machine's other card and on its cores.",
-        *(models(fabric, own) for fabric, own in by_fabric(new.models)),
+        *(
+            models(fabric, [row for row in own if row.get("work") == "train"])
+            for fabric, own in by_fabric(new.models)
+        ),
         training_words(new.models, rows),
         step_table(new.models, rows),
-        "Prefill and decoding of the XL shape in the run of the layers:",
-        models("none", [row for row in rows if row["fabric"] == "none"]),
-        decode_words(rows),
-        busy_words(new.models),
         "### A model whole on every rank, or in shares",
         layout_words(new.layouts),
         layout_table(new.layouts),
+        "## Prefill and decoding",
+        moe_serving.section(new.serving, new.models),
         "## The cost model",
         moe_foreseen.section(rows, former),
         moe_grid_cost.section(new.grid),
@@ -181,7 +189,7 @@ def page(rows: list[Row], former: list[Row], learned: list[Row], new: Later) -> 
         *(kernels(fabric, own) for fabric, own in by_fabric(rows)),
         "## Collectives",
         *(collectives(fabric, own) for fabric, own in by_fabric(rows)),
-        problems([*rows, *new.models]),
+        problems([*rows, *new.models, *new.serving]),
         "Not part of these runs: the fused activation ([measured before](decisions/activation-stays-apart.md)), other numbers of experts than 64, "
         "widths above 4,096, more than two ranks.",
     ]

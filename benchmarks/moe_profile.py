@@ -127,3 +127,26 @@ def router_words(rows: list[Row]) -> str:
         for name in ("forward", "forward_backward")
     )
     return f"{both - once:.2f} ms backward after {once:.2f} ms forward"
+
+
+def cost_words(rows: list[Row]) -> str:
+    """What the host pays for a launch, and what of a layer's time that is."""
+    us = {row["call"]: row["host_us"] for row in rows}
+    layer = [us[f"layer, {side}"] for side in ("fine_grained", "bigmac")]
+    bare = sorted((us["add in place"], us["product"]))
+    pieces = (
+        us["gate"] + us["rows in order"] + us["rows added up, one kernel of ours"] + 2 * us["grouped product"]
+    )
+    return (
+        f"**What a launch costs the host**, without gradients, measured later at commit `{rows[0]['commit']}` on a host of the same kind (`h200/launch_cost.jsonl`): torch's "
+        f"plain operations {bare[0]:.0f} to {bare[1]:.0f} µs, a kernel of ours {us['rows added up, one kernel of ours']:.0f}. A layer of 8 tokens takes {layer[0] / 1e3:.2f} and "
+        f"{layer[1] / 1e3:.2f} ms there, all of it work of its own thread: nothing waits for the driver. Its gate, order, sums and grouped products are {pieces / 1e3:.2f} ms of "
+        "that; the rest are modules, checks, the balance loss and small operations between. It was more than twice as long in the run of the layers: "
+        "the host's pace, again. What is replayed from a CUDA graph pays none of it ([decoding](#prefill-and-decoding))."
+    )
+
+
+def cost_table(rows: list[Row]) -> str:
+    """Microseconds by call."""
+    lines = [[row["call"], f"{row['host_us']:.1f}", f"{row['least_us']:.1f}"] for row in rows]
+    return table(["call", "host, µs (median)", "least"], lines)

@@ -1,4 +1,4 @@
-"""Whole models: what a training step and a decoded token are made of, and what shares of a model save. Part of `moe_page.py`."""
+"""Whole models in training: what a step is made of, and what shares of a model save. Part of `moe_page.py`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from .gpu_page import table
 from .moe.cases import BASELINE, COPY_PER_EXPERT, FABRICS
 from .moe.summary import ok
 from .moe_fabrics import case
-from .moe_foreseen import machines_of
 
 Row = dict[str, Any]
 
@@ -121,63 +120,3 @@ def layout_words(rows: list[Row]) -> str:
 
 def _work(row: Row) -> tuple[int, int]:
     return row["expert_ranks"], row["pieces"]
-
-
-def decode_words(rows: list[Row]) -> str:
-    """What a decoded token waits for."""
-    decoded, captured = (
-        {(row["batch"], row["preset"]): row for row in _decoding(rows, captured=way)} for way in (False, True)
-    )
-    times = {key: f"{row['p50_ms']:.0f} ms (p95 {row['p95_ms']:.0f})" for key, row in decoded.items()}
-    layers = next(iter(decoded.values()))["layers"]
-    floor = layers * machines_of(rows)["none"].least_ms["local"]
-    longer = all(decoded[16, side]["p50_ms"] > decoded[1, side]["p50_ms"] for side in (BASELINE, "bigmac"))
-    return (
-        f"**A decoded token** takes {times[1, BASELINE]} with the baseline and {times[1, 'bigmac']} with BigMac; sixteen texts at once take "
-        f"{'longer' if longer else 'no longer'}, {times[16, BASELINE]} and {times[16, 'bigmac']}. So it is the host again: {layers} layers of experts at their "
-        f"floor are {floor:.0f} ms, and attention comes on top. One arm differs between batches by as much as the arms differ; the ratios are "
-        "the host's pace, no gain of a shape."
-    ) + (_captured_words(decoded, captured) if captured else "")
-
-
-def _decoding(rows: list[Row], *, captured: bool) -> list[Row]:
-    """Decoding steps: those replayed from a graph, or those that grow, as all are in rows of former runs."""
-    kind = ("static", True) if captured else ("growing", False)
-    found = [row for row in ok(rows, "moe_model") if row["work"] == "decode"]
-    return [row for row in found if (row.get("step", "growing"), row.get("captured", False)) == kind]
-
-
-def _captured_words(decoded: dict[tuple[int, str], Row], captured: dict[tuple[int, str], Row]) -> str:
-    """What capturing the step in a CUDA graph gains."""
-    times = {key: f"{row['p50_ms']:.1f} ms (p95 {row['p95_ms']:.1f})" for key, row in captured.items()}
-    gains = [decoded[key]["p50_ms"] / row["p50_ms"] for key, row in captured.items()]
-    said = [
-        f"{'one text' if batch == 1 else f'{batch} texts'}: {times[batch, BASELINE]} and {times[batch, 'bigmac']}"
-        for batch in sorted({batch for batch, _ in captured})
-    ]
-    return (
-        f" Captured in a CUDA graph and replayed, as `generate` does on one GPU, a token takes for {'; for '.join(said)}; "
-        f"that is {min(gains):.1f} to {max(gains):.1f} times as fast as the steps that the host launches piece by piece."
-    )
-
-
-def busy_words(rows: list[Row]) -> str:
-    """What the run on a busy host says of decoding, and does not."""
-    found = _decoding(rows, captured=False)
-    times = {(row["model"], row["batch"], row["preset"]): row["p50_ms"] for row in found}
-    told = [
-        f"{_times(times, model, 1)} of one text and {_times(times, model, 16)} of sixteen ({title})"
-        for model, title in (("xl", "XL"), ("medium", "Medium"))
-    ]
-    ratios = [
-        times[model, batch, BASELINE] / ms for (model, batch, side), ms in times.items() if side == "bigmac"
-    ]
-    return (
-        f"On the busy host of the later run a token took {'; '.join(told)}, baseline and BigMac. Its ratios, {min(ratios):.2f} to {max(ratios):.2f}, are not claimed: BigMac's layer has "
-        "more launches than the baseline's, and where the device sets the time, in the prefill of sixteen texts, BigMac is the slower one. Either arm had few "
-        "turns, the baseline's before BigMac's; why they were slower is not known."
-    )
-
-
-def _times(times: dict[tuple[str, int, str], float], model: str, batch: int) -> str:
-    return " and ".join(f"{times[model, batch, side]:.0f}" for side in (BASELINE, "bigmac")) + " ms"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 from benchmarks.gpu_page import ROOT
-from benchmarks.moe.summary import models, ok
+from benchmarks.moe.summary import ok
 from benchmarks.moe_fabrics import ratios
 from benchmarks.moe_foreseen import Point, error_line, points, twice
 from benchmarks.moe_page import compared, drawn, later, quality, runs
 from benchmarks.moe_profile import KINDS, REST, ROUTER, ROWS_MOVED, by_kind, kind_of
-from benchmarks.moe_steps import busy_words, by_best, by_copies, decode_words, layout_table, trained
+from benchmarks.moe_steps import by_best, by_copies, layout_table, trained
 
 from benchmarks import moe_quality_page
 
@@ -125,24 +125,6 @@ def test_what_was_foreseen_is_told_apart_by_what_set_it():
             busy = point.row["preset"] == "fine_grained" and point.row["dispatcher"] == "all_to_all"
             long = point.row["tokens"] == 16384 and point.row["top_k"] == 8
             assert point.host == (not (busy and long))
-
-
-def test_a_captured_step_is_never_taken_for_one_that_grows():
-    rows, _ = runs()
-    rows = [row for row in rows if not row.get("captured")]
-    grown = [row for row in ok(rows, "moe_model") if row["work"] == "decode" and "step" not in row]
-    waiting = [row | {"step": "static", "captured": False, "p50_ms": 1e9} for row in grown]
-    replayed = [row | {"step": "static", "captured": True, "p50_ms": row["p50_ms"] / 10} for row in grown]
-    before, said = decode_words(rows), decode_words([*rows, *waiting, *replayed])
-    assert decode_words([*rows, *waiting]) == before
-    assert said.startswith(f"{before} Captured in a CUDA graph")
-    first = next(row for row in replayed if (row["batch"], row["preset"]) == (1, "fine_grained"))
-    assert f"a token takes for one text: {first['p50_ms']:.1f} ms" in said
-    assert "that is 10.0 to 10.0 times as fast" in said
-    assert busy_words([*later().models, *waiting, *replayed]) == busy_words(later().models)
-    shown = models("none", [grown[0], waiting[0] | {"not_captured": "it waits"}, replayed[0]])
-    for what in ("decode", "decode, static, not captured (it waits)", "decode, captured"):
-        assert f"| {what}, batch {grown[0]['batch']}, prompt" in shown
 
 
 def test_an_error_of_fifteen_percent_is_within_and_a_larger_one_is_not():
