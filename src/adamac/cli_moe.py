@@ -7,7 +7,6 @@ repeat so that help answers without loading torch.
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,18 +16,16 @@ from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from tyro.conf import OmitArgPrefixes, Positional, subcommand
 
 from adamac.bakeoff.errors import BadInput
 from adamac.cli_moe_bench import MoeBench, moe_bench
+from adamac.cli_moe_progress import Watching, duration
 
 if TYPE_CHECKING:
-    from adamac.moe.lm.corpus import Corpus
     from adamac.moe.lm.decoding import Decoder
     from adamac.moe.lm.recipe import Recipe
-    from adamac.moe.lm.sending import Sending
-    from adamac.moe.lm.train import Result, Row
+    from adamac.moe.lm.train import Result
 
 SAMPLE_TOKENS = 60
 
@@ -192,7 +189,7 @@ def moe_train(options: MoeTrain, console: Console) -> int:
         machine = (
             None if options.machine is None else world.from_first(partial(Machine.load, options.machine))
         )
-        with _Watching(console) as watching:
+        with Watching(console) as watching:
             result = train(
                 recipe,
                 options.out,
@@ -248,73 +245,12 @@ def moe_export(options: MoeExport, console: Console) -> int:
     return 0
 
 
-class _Watching:
-    """A bar with loss, speed and time left on a terminal, a line now and then elsewhere."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._bar = Progress(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[now]}"),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        self._task = self._bar.add_task("", total=None, now="preparing text")
-        self._steps = self._first = 0
-        self._began = time.monotonic()
-
-    def __enter__(self) -> _Watching:
-        if not self._console.is_terminal:  # no bar to tell it
-            self._say("preparing text")
-        self._bar.start()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._bar.stop()
-
-    def begins(
-        self, recipe: Recipe, corpus: Corpus, parameters: int, done: int, sending: Sending | None
-    ) -> None:
-        """Say what will be trained on what."""
-        self._steps, self._first, self._began = recipe.steps, done, time.monotonic()
-        self._bar.update(self._task, total=recipe.steps, completed=done, now="")
-        self._say(f"text: {', '.join(corpus.sources)}")
-        self._say(
-            f"{corpus.train.bytes / 1e6:.1f} MB to train on, {corpus.held_out.bytes / 1e6:.2f} MB held out, "
-            f"{corpus.vocab} tokens in the vocabulary"
-        )
-        self._say(f"{recipe.preset}: {parameters / 1e6:.1f} million parameters, {recipe.steps} steps")
-        if sending is not None:
-            self._say(
-                f"rows are sent to experts on {sending.ranks} ranks by {sending.dispatcher}: {sending.reason}"
-            )
-        if done:
-            self._say(f"{done} steps were done already")
-
-    def stepped(self, row: Row) -> None:
-        """Show a step."""
-        each = (time.monotonic() - self._began) / max(1, row.step - self._first)
-        left = (self._steps - row.step) * each
-        now = f"loss {row.loss:.2f}, {row.tokens_per_s:,.0f} tokens/s, {_duration(left)} left"
-        self._bar.update(self._task, completed=row.step, now=now)
-        if row.bits_per_byte is not None:
-            self._say(f"step {row.step}: {row.bits_per_byte:.3f} bits per byte of held-out text")
-        elif not self._console.is_terminal and row.step % max(1, self._steps // 20) == 0:
-            self._say(f"step {row.step}/{self._steps}: {now}")
-
-    def _say(self, line: str) -> None:
-        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-
 def _tell(result: Result, options: MoeTrain, console: Console) -> None:
     """Say what was reached, show what the model writes, and how to have more of it."""
     tokens = min(SAMPLE_TOKENS, options.context - 1)
     text = _continue(MoeGenerate(options.out, tokens=tokens, device=options.device), [""], console)[0]
     reached = (
-        f"{result.steps} steps in {_duration(result.time_s)}: [bold]{result.bits_per_byte:.3f}[/] bits per byte of "
+        f"{result.steps} steps in {duration(result.time_s)}: [bold]{result.bits_per_byte:.3f}[/] bits per byte of "
         f"held-out text; knowing only how often each token occurs gives {result.unigram_bits_per_byte:.3f}"
     )
     more = f"adamac moe generate {options.out} --prompt 'Return the'"
@@ -392,10 +328,6 @@ _READERS: dict[type, tuple[Callable[[str], Any], str]] = {
     int: (int, "a whole number"),
     float: (float, "a number"),
 }
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
 
 
 def _plain(text: str) -> str:
