@@ -58,7 +58,8 @@ HIDDEN_ON: dict[str, tuple[str, ...]] = {
 """Backgrounds on which an object of a colour cannot be told from what is behind it."""
 
 
-def _circle(radius: float = 1.0, x: float = 0.0, y: float = 0.0, corners: int = 40) -> np.ndarray:
+def circle(radius: float = 1.0, x: float = 0.0, y: float = 0.0, corners: int = 40) -> np.ndarray:
+    """Corners of a regular polygon that is nearly a circle: ``(corners, 2)``."""
     angle = np.linspace(0, 2 * np.pi, corners, endpoint=False)
     return np.stack([x + radius * np.cos(angle), y + radius * np.sin(angle)], axis=1)
 
@@ -77,7 +78,7 @@ def _heart() -> np.ndarray:
 
 
 def _fish() -> np.ndarray:
-    body = _circle(corners=28) * (0.95, 0.6)
+    body = circle(corners=28) * (0.95, 0.6)
     return np.concatenate([body[2:13], [(-1.4, 0.6), (-1.15, 0.0), (-1.4, -0.6)], body[16:27]])
 
 
@@ -87,18 +88,16 @@ Part = tuple[np.ndarray, float | tuple[int, int, int]]
 _DARK, _LIGHT = (35, 35, 38), (235, 240, 248)
 
 SHAPES: dict[str, tuple[Part, ...]] = {
-    "ball": ((_circle(), 1.0), (_circle(0.28, -0.34, -0.36, 16), 1.55)),
+    "ball": ((circle(), 1.0), (circle(0.28, -0.34, -0.36, 16), 1.55)),
     "square": ((np.array([(-0.88, -0.88), (0.88, -0.88), (0.88, 0.88), (-0.88, 0.88)]), 1.0),),
     "triangle": ((np.array([(0.0, -1.1), (1.08, 0.82), (-1.08, 0.82)]), 1.0),),
     "star": ((_star(), 1.0),),
     "heart": ((_heart(), 1.0),),
-    "ring": (
-        (np.concatenate([_circle(1.05), _circle(1.05)[:1], _circle(0.58)[:1], _circle(0.58)[::-1]]), 1.0),
-    ),
+    "ring": ((np.concatenate([circle(1.05), circle(1.05)[:1], circle(0.58)[:1], circle(0.58)[::-1]]), 1.0),),
     "fish": (
         (_fish(), 1.0),
-        (_circle(0.14, 0.52, -0.14, 12), _LIGHT),
-        (_circle(0.07, 0.55, -0.14, 8), _DARK),
+        (circle(0.14, 0.52, -0.14, 12), _LIGHT),
+        (circle(0.07, 0.55, -0.14, 8), _DARK),
     ),
     "car": (
         (
@@ -117,8 +116,8 @@ SHAPES: dict[str, tuple[Part, ...]] = {
             1.0,
         ),
         (np.array([(-0.6, -0.16), (-0.4, -0.55), (0.36, -0.55), (0.62, -0.16)]), _LIGHT),
-        (_circle(0.32, -0.78, 0.5, 20), _DARK),
-        (_circle(0.32, 0.78, 0.5, 20), _DARK),
+        (circle(0.32, -0.78, 0.5, 20), _DARK),
+        (circle(0.32, 0.78, 0.5, 20), _DARK),
     ),
 }
 """Polygons of every shape word; the first one is the outline."""
@@ -238,8 +237,8 @@ def _night(height: int, width: int, rows: np.ndarray) -> np.ndarray:
     canvas = np.broadcast_to(sky, (height, width, 3)).astype(np.uint8).copy()
     places = np.random.default_rng(0).uniform(0, 1, (24, 2)) * (width, height)
     for place in places:
-        polygon(canvas, _circle(height / 112, *place, corners=8), (225, 225, 205))
-    polygon(canvas, _circle(height * 0.09, width * 0.84, height * 0.2), (240, 236, 200))
+        polygon(canvas, circle(height / 112, *place, corners=8), (225, 225, 205))
+    polygon(canvas, circle(height * 0.09, width * 0.84, height * 0.2), (240, 236, 200))
     return canvas
 
 

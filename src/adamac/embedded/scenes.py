@@ -12,29 +12,19 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
-import cv2
 import numpy as np
 
 from adamac.embedded import drawing
-from adamac.embedded.drawing import BACKGROUNDS, COLOURS, HIDDEN_ON, SHAPES
-from adamac.embedded.motions import (
-    MOTIONS,
-    WORLD_HEIGHT,
-    Path,
-    hold,
-    move,
-    triangle_wave,
-    within,
-)
+from adamac.embedded.drawing import BACKGROUNDS, COLOURS, HIDDEN_ON
+from adamac.embedded.mechanisms import thin
+from adamac.embedded.meetings import interaction
+from adamac.embedded.motions import MOTIONS, WORLD_HEIGHT, Path, hold, triangle_wave
+from adamac.embedded.script import NUMBER_WORDS, Script, Stage, Thing, choose, mover, pick_background
 
 CATEGORIES = ("plain", "cut", "interaction", "thin", "small_fast", "text", "low_light", "reflection")
 """Ids of the categories, in the order in which they are reported."""
-
-SIZES = {"small ": 12.0, "": 18.0, "big ": 26.0}
-"""Half extents in world units, by the word that goes before the colour."""
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 """Characters for which the tokenizer has a token."""
@@ -49,8 +39,6 @@ WORDS = (
 
 TEMPORAL_STRIDE = 4
 """Frames that share a latent of the autoencoder, after the first, which has its own."""
-
-NUMBER_WORDS = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five"}
 
 HELD_OUT_SHARE = 20
 """One caption in this many is kept out of training (chosen by a hash of the caption)."""
@@ -88,42 +76,6 @@ class Clip:
     tracks: tuple[Track, ...]
     text: str | None = None
     cut: int | None = None
-
-
-Painter = Callable[[np.ndarray, int], dict[str, np.ndarray]]
-"""Paints frame ``t`` onto a canvas and returns the corners of every named object."""
-
-
-@dataclasses.dataclass
-class Script:
-    """What a scene shows before it is painted; lengths in world units."""
-
-    caption: str
-    background: str
-    painter: Painter
-    finish: Callable[[np.ndarray, int], np.ndarray] | None = None
-    text: str | None = None
-    cut: int | None = None
-    background_after: str | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """Size of a clip and the scale between world units and pixels."""
-
-    frames: int
-    height: int
-    width: int
-
-    @property
-    def scale(self) -> float:
-        """Pixels in a world unit."""
-        return self.height / WORLD_HEIGHT
-
-    @property
-    def room(self) -> float:
-        """Width of the frame in world units."""
-        return self.width / self.scale
 
 
 def is_held_out(caption: str) -> bool:
@@ -210,96 +162,22 @@ def _paint(script: Script, category: str, stage: Stage) -> Clip:
     return Clip(video, script.caption, category, tracks, script.text, script.cut)
 
 
-# ---------------------------------------------------------------- words and single objects
-
-
-def _choose(rng: np.random.Generator, options: Sequence[Any]) -> Any:
-    return options[int(rng.integers(len(options)))]
-
-
-def _pick_background(rng: np.random.Generator, *colours: str) -> str:
-    """A background on which every one of the colours can be seen."""
-    hidden = {name for colour in colours for name in HIDDEN_ON.get(colour, ())}
-    return _choose(rng, [name for name in BACKGROUNDS if name not in hidden])
-
-
-def _article(words: str) -> str:
-    return ("an " if words[0] in "aeiou" else "a ") + words
-
-
-def _two_colours(rng: np.random.Generator) -> tuple[str, str]:
-    first, second = rng.choice(list(COLOURS), 2, replace=False)
-    return str(first), str(second)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Thing:
-    """One object with its words and its path."""
-
-    shape: str
-    colour: str
-    path: Path
-    scale: float
-    flip: bool = False
-    size_word: str = ""
-
-    @property
-    def name(self) -> str:
-        return f"{self.size_word}{self.colour} {self.shape}"
-
-    def paint(self, canvas: np.ndarray, t: int) -> np.ndarray:
-        path, s = self.path, self.scale
-        return drawing.sprite(
-            canvas,
-            self.shape,
-            self.colour,
-            path.x[t] * s,
-            path.y[t] * s,
-            path.size[t] * s,
-            path.angle[t],
-            self.flip,
-        )
-
-
-def _mover(
-    rng: np.random.Generator,
-    stage: Stage,
-    bottom: float = WORLD_HEIGHT,
-    motions: tuple[str, ...] = MOTIONS,
-    shapes: tuple[str, ...] = tuple(SHAPES),
-    sizes: tuple[str, ...] = tuple(SIZES),
-) -> tuple[_Thing, str]:
-    """An object with a random motion, and the words for both."""
-    shape, colour = _choose(rng, shapes), _choose(rng, list(COLOURS))
-    size_word = _choose(rng, sizes)
-    allowed = [m for m in motions if not (m == "spinning" and shape in ("ball", "ring"))]
-    motion = _choose(rng, allowed)
-    if motion in ("growing", "shrinking"):
-        size_word = ""
-    path = move(motion, rng, SIZES[size_word], stage.frames, stage.room, 0.0, bottom)
-    thing = _Thing(shape, colour, path, stage.scale, motion == "moving left", size_word)
-    return thing, f"{_article(thing.name)} {motion}"
-
-
-# ---------------------------------------------------------------- the eight categories
-
-
 def _plain(rng: np.random.Generator, stage: Stage) -> Script:
-    thing, words = _mover(rng, stage)
-    backdrop = _pick_background(rng, thing.colour)
+    thing, words = mover(rng, stage)
+    backdrop = pick_background(rng, thing.colour)
     return Script(f"{words} on {backdrop}", backdrop, lambda canvas, t: {thing.name: thing.paint(canvas, t)})
 
 
 def _cut(rng: np.random.Generator, stage: Stage) -> Script:
     """Two scenes one after the other; the second shows another object before another backdrop."""
-    before, words_before = _mover(rng, stage, sizes=("", "big "))
-    after, words_after = _mover(rng, stage, sizes=("", "big "))
+    before, words_before = mover(rng, stage, sizes=("", "big "))
+    after, words_after = mover(rng, stage, sizes=("", "big "))
     while after.colour == before.colour or after.shape == before.shape:
-        after, words_after = _mover(rng, stage, sizes=("", "big "))
-    backdrop = _pick_background(rng, before.colour)
-    backdrop_after = _pick_background(rng, after.colour)
+        after, words_after = mover(rng, stage, sizes=("", "big "))
+    backdrop = pick_background(rng, before.colour)
+    backdrop_after = pick_background(rng, after.colour)
     while backdrop_after == backdrop:
-        backdrop_after = _pick_background(rng, after.colour)
+        backdrop_after = pick_background(rng, after.colour)
     cut = cut_frame(rng, stage.frames)
 
     def painter(canvas: np.ndarray, t: int) -> dict[str, np.ndarray]:
@@ -322,191 +200,14 @@ def cut_frame(rng: np.random.Generator, frames: int) -> int:
     return min(aligned, max(frames - 1, 1))
 
 
-def _interaction(rng: np.random.Generator, stage: Stage) -> Script:
-    """Two objects that collide, hide each other, push or circle."""
-    kind = _choose(rng, tuple(_MEETINGS))
-    colours = _two_colours(rng)
-    shapes = (_choose(rng, list(SHAPES)), _choose(rng, list(SHAPES)))
-    paths, order = _MEETINGS[kind](rng, stage)
-    left, right = (_Thing(shapes[i], colours[i], paths[i], stage.scale) for i in (0, 1))
-    backdrop = _pick_background(rng, *colours)
-
-    def painter(canvas: np.ndarray, t: int) -> dict[str, np.ndarray]:
-        drawn = {}
-        for index in order:
-            thing = (left, right)[index]
-            drawn[thing.name] = thing.paint(canvas, t)
-        return drawn
-
-    first, second = _article(left.name), _article(right.name)
-    return Script(f"{kind.format(first, second)} on {backdrop}", backdrop, painter)
-
-
-_SIZE = SIZES[""]
-_Meeting = tuple[tuple[Path, Path], tuple[int, int]]
-
-
-def _collide(rng: np.random.Generator, stage: Stage) -> _Meeting:
-    """They come from both sides, touch in the middle of the clip and bounce back."""
-    middle, y = stage.room / 2 + rng.uniform(-12, 12), within(rng, 30, WORLD_HEIGHT - 30)
-    away = np.abs(np.arange(stage.frames) - stage.frames * rng.uniform(0.42, 0.58))
-    reach = stage.room / 2 - 12 - 2 * _SIZE
-    gap = _SIZE + np.minimum(away * rng.uniform(1.8, 2.4), reach)
-    return ((hold(middle - gap, y, _SIZE, stage.frames), hold(middle + gap, y, _SIZE, stage.frames)), (0, 1))
-
-
-def _cross(order: tuple[int, int]) -> Callable[[np.random.Generator, Stage], _Meeting]:
-    """The first passes the second, which stands still; the painting order says who is in front."""
-
-    def meeting(rng: np.random.Generator, stage: Stage) -> _Meeting:
-        x, y = stage.room / 2 + rng.uniform(-15, 15), within(rng, 30, WORLD_HEIGHT - 30)
-        speed = min(rng.uniform(2.2, 2.9), (stage.room - 4 * _SIZE) / max(stage.frames - 1, 1))
-        time = np.arange(stage.frames) - (stage.frames - 1) / 2
-        passing = hold(stage.room / 2 + speed * time, y + rng.uniform(-8, 8), _SIZE, stage.frames)
-        return (passing, hold(x, y, _SIZE * 1.3, stage.frames)), order
-
-    return meeting
-
-
-def _push(rng: np.random.Generator, stage: Stage) -> _Meeting:
-    """The first moves right, meets the second and moves it along."""
-    speed = rng.uniform(1.6, 2.2)
-    y = within(rng, 40, WORLD_HEIGHT - 30)
-    x = within(rng, 1.3 * _SIZE, stage.room - 3.6 * _SIZE - speed * (stage.frames - 1))
-    pusher = np.minimum(x + speed * np.arange(stage.frames), stage.room - 3.4 * _SIZE)
-    contact = pusher[int(stage.frames * rng.uniform(0.3, 0.5))] + 2.1 * _SIZE
-    pushed = np.maximum(contact, pusher + 2.1 * _SIZE)
-    return (hold(pusher, y, _SIZE, stage.frames), hold(pushed, y, _SIZE, stage.frames)), (0, 1)
-
-
-def _orbit(rng: np.random.Generator, stage: Stage) -> _Meeting:
-    """They circle around a common centre."""
-    x = within(rng, 60, stage.room - 60)
-    turn = rng.uniform(0, 2 * np.pi) + np.arange(stage.frames) * 2 * np.pi / 32
-    offset = 30 * np.stack([np.cos(turn), np.sin(turn)])
-    middle = WORLD_HEIGHT / 2
-    one, other = (
-        hold(x + sign * offset[0], middle + sign * offset[1], _SIZE * 0.9, stage.frames) for sign in (1, -1)
-    )
-    return (one, other), (0, 1)
-
-
-_MEETINGS: dict[str, Callable[[np.random.Generator, Stage], _Meeting]] = {
-    "{} and {} collide and bounce apart": _collide,
-    "{} passes in front of {}": _cross((1, 0)),
-    "{} passes behind {}": _cross((0, 1)),
-    "{} pushes {} to the right": _push,
-    "{} and {} circle around each other": _orbit,
-}
-
-
-def _thin(rng: np.random.Generator, stage: Stage) -> Script:
-    """Thin parts that turn or swing."""
-    kind = _choose(rng, tuple(_MECHANISMS))
-    colour = _choose(rng, list(COLOURS))
-    backdrop = _pick_background(rng, colour)
-    words, painter = _MECHANISMS[kind](rng, stage, colour)
-    return Script(f"{words} on {backdrop}", backdrop, painter)
-
-
-def _turning(rng: np.random.Generator, frames: int) -> tuple[str, np.ndarray]:
-    """A direction of rotation: its word and the angle in every frame."""
-    word, sign = _choose(rng, (("clockwise", 1), ("counterclockwise", -1)))
-    return word, rng.uniform(0, 6) + sign * np.arange(frames) * rng.uniform(0.09, 0.13)
-
-
-def _spoke_ends(centre: np.ndarray, radius: float, angle: float, count: int) -> np.ndarray:
-    spokes = angle + np.arange(count) * 2 * np.pi / count
-    return centre + radius * np.stack([np.cos(spokes), np.sin(spokes)], axis=1)
-
-
-def _wheel(rng: np.random.Generator, stage: Stage, colour: str) -> tuple[str, Painter]:
-    count, radius = int(rng.integers(3, 6)), within(rng, 36, 44) * stage.scale
-    word, angle = _turning(rng, stage.frames)
-    centre = np.array([within(rng, 50, stage.room - 50), 56]) * stage.scale
-    paint = COLOURS[colour]
-
-    def painter(canvas: np.ndarray, t: int) -> dict[str, np.ndarray]:
-        for end in _spoke_ends(centre, radius, angle[t], count):
-            drawing.rod(canvas, centre, end, 2.6 * stage.scale, paint)
-        bits = drawing.SUBPIXEL_BITS
-        cv2.circle(
-            canvas,
-            tuple(np.round(centre * 16).astype(int).tolist()),
-            round(radius * 16),
-            paint,
-            max(round(3 * stage.scale), 1),
-            cv2.LINE_AA,
-            bits,
-        )
-        return {"wheel": np.stack([centre - radius - 2, centre + radius + 2])}
-
-    return f"{_article(colour)} wheel with {NUMBER_WORDS[count]} thin spokes turning {word}", painter
-
-
-def _pendulum(rng: np.random.Generator, stage: Stage, colour: str) -> tuple[str, Painter]:
-    shape = _choose(rng, ("ball", "star", "heart", "square"))
-    pivot = np.array([within(rng, 60, stage.room - 60), 4]) * stage.scale
-    length = within(rng, 62, 74) * stage.scale
-    phase = (np.arange(stage.frames) + rng.uniform(0, 30)) * 2 * np.pi / 30
-    swing = within(rng, 0.5, 0.75) * np.sin(phase)
-    string = drawing.COLOURS["brown"]
-
-    def painter(canvas: np.ndarray, t: int) -> dict[str, np.ndarray]:
-        end = pivot + length * np.array([np.sin(swing[t]), np.cos(swing[t])])
-        drawing.rod(canvas, pivot, end, 2.2 * stage.scale, string)
-        bob = drawing.sprite(canvas, shape, colour, *end, 16 * stage.scale, -swing[t])
-        return {f"{colour} {shape}": bob, "string": np.stack([pivot, end])}
-
-    return f"{_article(colour)} {shape} swinging on a thin string", painter
-
-
-def _clock(rng: np.random.Generator, stage: Stage, colour: str) -> tuple[str, Painter]:
-    centre = np.array([within(rng, 50, stage.room - 50), 56]) * stage.scale
-    radius = within(rng, 36, 44) * stage.scale
-    speed = rng.uniform(0.1, 0.16)
-    start = rng.uniform(0, 2 * np.pi, 2)
-    face = (250, 248, 240) if colour != "white" else (70, 70, 80)
-
-    def painter(canvas: np.ndarray, t: int) -> dict[str, np.ndarray]:
-        drawing.polygon(canvas, drawing._circle(radius, *centre), COLOURS[colour])
-        drawing.polygon(canvas, drawing._circle(radius * 0.88, *centre), face)
-        ink = (30, 30, 34) if colour != "white" else (240, 240, 240)
-        for angle, reach, thick in ((start[0] + t * speed / 6, 0.5, 4.0), (start[1] + t * speed, 0.78, 2.6)):
-            end = centre + radius * reach * np.array([np.sin(angle), -np.cos(angle)])
-            drawing.rod(canvas, centre, end, thick * stage.scale, ink)
-        return {"clock": np.stack([centre - radius, centre + radius])}
-
-    return f"{_article(colour)} clock with two thin turning hands", painter
-
-
-def _windmill(rng: np.random.Generator, stage: Stage, colour: str) -> tuple[str, Painter]:
-    centre = np.array([within(rng, 45, stage.room - 45), 44]) * stage.scale
-    word, angle = _turning(rng, stage.frames)
-    foot = np.array([centre[0], stage.height])
-    count = int(rng.integers(3, 5))
-
-    def painter(canvas: np.ndarray, t: int) -> dict[str, np.ndarray]:
-        drawing.rod(canvas, centre, foot, 4 * stage.scale, (120, 116, 112))
-        ends = _spoke_ends(centre, 38 * stage.scale, angle[t], count)
-        for end in ends:
-            drawing.rod(canvas, centre, end, 4 * stage.scale, COLOURS[colour])
-        return {"windmill": np.concatenate([ends, centre[None], foot[None]])}
-
-    return f"a windmill with {NUMBER_WORDS[count]} thin {colour} blades turning {word}", painter
-
-
-_MECHANISMS = {"wheel": _wheel, "pendulum": _pendulum, "clock": _clock, "windmill": _windmill}
-
-
 def _small_fast(rng: np.random.Generator, stage: Stage) -> Script:
     """One to three small objects, each moving about half of its own width or more in a frame.
 
     At this size a star is a dot, so only balls and squares are asked for.
     """
-    count, shape = int(rng.integers(1, 4)), _choose(rng, ("ball", "square"))
-    colour, manner = _choose(rng, list(COLOURS)), _choose(rng, tuple(_FLIGHTS))
-    backdrop = _pick_background(rng, colour)
+    count, shape = int(rng.integers(1, 4)), choose(rng, ("ball", "square"))
+    colour, manner = choose(rng, list(COLOURS)), choose(rng, tuple(_FLIGHTS))
+    backdrop = pick_background(rng, colour)
     size = 7.0
     time = np.arange(stage.frames)
     things = []
@@ -521,7 +222,7 @@ def _small_fast(rng: np.random.Generator, stage: Stage) -> Script:
         else:  # what leaves the frame comes back in on the other side
             x = (x + 10) % (stage.room + 20) - 10
             y = (y + 10) % (WORLD_HEIGHT + 20) - 10
-        things.append(_Thing(shape, colour, hold(x, y, size, stage.frames), stage.scale))
+        things.append(Thing(shape, colour, hold(x, y, size, stage.frames), stage.scale))
     noun = shape if count == 1 else f"{shape}s"
     return Script(
         f"{NUMBER_WORDS[count]} small fast {colour} {noun} {manner} on {backdrop}",
@@ -545,10 +246,10 @@ _TEXT_MOTIONS = ("staying still", "moving right", "moving left", "moving up", "m
 
 def _text(rng: np.random.Generator, stage: Stage) -> Script:
     """A short word or number in big characters."""
-    text = _choose(rng, WORDS)
+    text = choose(rng, WORDS)
     count = len(text)
-    colour, motion = _choose(rng, list(COLOURS)), _choose(rng, _TEXT_MOTIONS)
-    backdrop = _pick_background(rng, colour)
+    colour, motion = choose(rng, list(COLOURS)), choose(rng, _TEXT_MOTIONS)
+    backdrop = pick_background(rng, colour)
     tall = (88.0, 76.0, 64.0)[count - 1]
     half_width, half_height = 0.36 * tall * count, 0.4 * tall
     path = _text_path(rng, stage, motion, half_width, half_height)
@@ -589,12 +290,12 @@ def _text_path(
 
 def _low_light(rng: np.random.Generator, stage: Stage) -> Script:
     """A scene at a third of the light, under sensor noise."""
-    thing, words = _mover(rng, stage, sizes=("", "big "))
+    thing, words = mover(rng, stage, sizes=("", "big "))
     while thing.colour in ("black", "brown", "purple"):  # would be black in the dark
-        thing, words = _mover(rng, stage, sizes=("", "big "))
-    backdrop = _choose(rng, ("a gray background", "a pale blue background", "a meadow", "a beach"))
+        thing, words = mover(rng, stage, sizes=("", "big "))
+    backdrop = choose(rng, ("a gray background", "a pale blue background", "a meadow", "a beach"))
     while backdrop in HIDDEN_ON.get(thing.colour, ()):
-        backdrop = _choose(rng, ("a gray background", "a pale blue background", "a meadow"))
+        backdrop = choose(rng, ("a gray background", "a pale blue background", "a meadow"))
     light, noise_level = rng.uniform(0.28, 0.36), 5.0
     noise = np.random.default_rng(rng.integers(2**32))
 
@@ -613,11 +314,11 @@ def _low_light(rng: np.random.Generator, stage: Stage) -> Script:
 
 def _reflection(rng: np.random.Generator, stage: Stage) -> Script:
     """An object above a mirror or above water, with its image upside down below."""
-    surface, ripple = _choose(rng, (("a mirror", 0.0), ("water", 2.2)))
+    surface, ripple = choose(rng, (("a mirror", 0.0), ("water", 2.2)))
     horizon = 62.0
     motions = ("staying still", "moving right", "moving left", "bouncing up and down", "spinning")
-    thing, words = _mover(rng, stage, horizon, motions, sizes=("",))
-    backdrop = _pick_background(rng, thing.colour)
+    thing, words = mover(rng, stage, horizon, motions, sizes=("",))
+    backdrop = pick_background(rng, thing.colour)
     line = round(horizon * stage.scale)
     tint = np.array((60, 120, 160) if ripple else (120, 124, 132), np.float32)
     rows = np.arange(stage.height - line)
@@ -644,8 +345,8 @@ def _reflection(rng: np.random.Generator, stage: Stage) -> Script:
 _SCRIPTS: dict[str, Callable[[np.random.Generator, Stage], Script]] = {
     "plain": _plain,
     "cut": _cut,
-    "interaction": _interaction,
-    "thin": _thin,
+    "interaction": interaction,
+    "thin": thin,
     "small_fast": _small_fast,
     "text": _text,
     "low_light": _low_light,
