@@ -12,8 +12,6 @@ then trains what it is given minutes for.
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import itertools
 import json
 import logging
 import os
@@ -32,63 +30,14 @@ from transformers import PreTrainedTokenizerFast
 from adamac import embedded
 from adamac.embedded import assembly, dit, film, reading, scenes, tokens
 from adamac.embedded import vae as autoencoder
-from adamac.embedded.latents import LatentSet, sketch, thinned
-from adamac.embedded.rendering import Order, Renderer, mixed_orders
+from adamac.embedded.latents import sketch
+from adamac.embedded.material import HELD_OUT_SEED, TINY, Material, Size
+from adamac.embedded.rendering import Renderer, mixed_orders
 
 logger = logging.getLogger("adamac.embedded.train")
 
-FILM_SHARE = 0.03
-"""Share of the film among the transformer's training clips. Its loss is ten times that of painted clips and
-its shots do not carry over, so at 12 % it was most of the gradient."""
 CROPPED_SHARE = 0.75
 """The autoencoder sees quarters of many clips for this share of its time, then whole frames."""
-SKETCH_EVERY = 2
-"""Every so many steps on whole clips is one of sketches."""
-HELD_OUT_SEED = 10**9
-"""Seeds of held-out clips begin here; training seeds stay below."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Size:
-    """Sizes of the clips, of the sets and of the networks."""
-
-    height: int = 112
-    width: int = 192
-    full: int = 49
-    sketch: int = 4
-    vae_clips: int = 2400
-    vae_batch: int = 3
-    clips: int = 40_000
-    plain_clips: int = 384
-    captions: int = 5000
-    held_out: int = 8
-    sketch_batch: int = 80
-    layout_batch: int = 96
-    full_batch: int = 24
-    encode_batch: int = 16
-    vae: dict = dataclasses.field(default_factory=dict)
-    denoiser: dict = dataclasses.field(default_factory=dict)
-
-
-TINY = Size(
-    height=32,
-    width=48,
-    full=13,
-    sketch=3,
-    vae_clips=8,
-    vae_batch=2,
-    clips=12,
-    plain_clips=24,
-    captions=40,
-    held_out=1,
-    sketch_batch=2,
-    layout_batch=2,
-    full_batch=2,
-    encode_batch=4,
-    vae={"encoder_width": 8, "decoder_width": 8},
-    denoiser={"layers": 1, "heads": 1, "feed_forward": 64, "text_width": 32, "text_layers": 1},
-)
-"""Sizes with which every line runs in seconds on a processor."""
 
 
 class Run:
@@ -99,8 +48,8 @@ class Run:
         self.size = TINY if options.tiny else Size()
         size = self.size
         # The painters are forked before the device is touched.
-        self.renderer = Renderer(options.workers, size.full * size.height * size.width * 3)
-        self.film = film.load(options.film or film.fetch(options.cache), size.height, size.width)
+        renderer = Renderer(options.workers, size.full * size.height * size.width * 3)
+        shots = film.load(options.film or film.fetch(options.cache), size.height, size.width)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         torch.manual_seed(options.seed)
         random.seed(options.seed)
@@ -116,6 +65,9 @@ class Run:
         }
         self.vae, self.denoiser, self.tokenizer = self._networks()
         self.averaged = dit.copy_of(self.denoiser)
+        self.material = Material(
+            size, self.device, renderer, shots, self.tokenizer, self.rng, options.first_seed
+        )
 
     def _networks(self) -> tuple[AutoencoderKLWan, dit.Denoiser, PreTrainedTokenizerFast]:
         if self.options.resume:
@@ -132,81 +84,6 @@ class Run:
             self.report[f"{name}_parameters"] = sum(p.numel() for p in module.parameters())
         return vae, denoiser.to(self.device), tokenizer
 
-    # ------------------------------------------------------------ data
-
-    def rendered(
-        self,
-        orders: list[Order],
-        seconds: float = float("inf"),
-    ) -> Iterator[tuple[torch.Tensor, list[str]]]:
-        """Painted clips on the device, in pieces small enough to encode; ends after ``seconds``."""
-        step, began = self.size.encode_batch, time.monotonic()
-        for frames, captions in self.renderer.clips(orders):
-            if time.monotonic() - began > seconds:
-                return
-            for i in range(0, len(frames), step):
-                piece = torch.from_numpy(frames[i : i + step]).to(self.device)
-                yield piece, captions[i : i + step]
-
-    def filmed(
-        self,
-        count: int,
-        frames: int,
-        held_out: bool = False,
-    ) -> Iterator[tuple[torch.Tensor, list[str]]]:
-        """Film clips on the device, in the same form."""
-        step = self.size.encode_batch
-        for start in range(0, count, step):
-            clips = self.film.clips(self.rng, min(step, count - start), frames, held_out=held_out)
-            pictures = torch.from_numpy(np.stack([picture for picture, _ in clips]))
-            yield pictures.to(self.device), [text for _, text in clips]
-
-    def tokenise(self, captions: list[str]) -> torch.Tensor:
-        """Token ids ``(n, MAX_TOKENS)`` on the device."""
-        return self.tokenizer(
-            captions, padding="max_length", truncation=True, max_length=tokens.MAX_TOKENS, return_tensors="pt"
-        ).input_ids.to(self.device)
-
-    def encoded(self, source: Iterator[tuple[torch.Tensor, list[str]]]) -> LatentSet:
-        """Encode clips as they come."""
-        latents, ids, texts = [], [], []
-        for frames, captions in source:
-            raw = autoencoder.encode(self.vae, frames)
-            latents.append(autoencoder.normalise(self.vae, raw).bfloat16())
-            ids.append(self.tokenise(captions))
-            texts += captions
-        return LatentSet(torch.cat(latents), torch.cat(ids), texts)
-
-    def training_set(self) -> LatentSet:
-        """As many procedural clips as are painted in time, and their share of film, encoded."""
-        began, size = time.monotonic(), self.size
-        orders = mixed_orders(size.clips, self.options.first_seed, size.full, size.height, size.width)
-        painted = self.encoded(self.rendered(orders, self.options.encode_minutes * 60))
-        made = len(painted.tokens)
-        of_film = self.encoded(self.filmed(max(int(made * FILM_SHARE / (1 - FILM_SHARE)), 1), size.full))
-        self.report["clips"] = made + len(of_film.tokens)
-        logger.info("%d clips in %.0f s", self.report["clips"], time.monotonic() - began)
-        return LatentSet(
-            torch.cat([painted.latents, of_film.latents]),
-            torch.cat([painted.tokens, of_film.tokens]),
-            painted.captions + of_film.captions,
-        )
-
-    def held_out_orders(self, category: str, frames: int, times: int = 1) -> list[Order]:
-        """Orders of clips whose captions training never saw; ``times`` as many as are usual."""
-        return [
-            Order(category, HELD_OUT_SEED + i, frames, self.size.height, self.size.width, True)
-            for i in range(times * self.size.held_out)
-        ]
-
-    def held_out(self, frames: int) -> Iterator[tuple[str, Iterator]]:
-        """Each category's held-out clips, the film's last."""
-        for category in scenes.CATEGORIES:
-            yield category, self.rendered(self.held_out_orders(category, frames))
-        yield "film", self.filmed(self.size.held_out, frames, held_out=True)
-
-    # ------------------------------------------------------------ stages
-
     def teach_reading(self) -> None:
         """Teach the text encoder the order of words, on captions without pictures."""
         size = self.size
@@ -214,7 +91,7 @@ class Run:
         def captions(first: int, each: int, held_out: bool) -> torch.Tensor:
             asked = [*scenes.CATEGORIES, "cut", "cut", "text"]  # the two in which order matters most
             texts = [scenes.caption(c, first + i, size.full) for i, c in enumerate(asked * each)]
-            return self.tokenise([t for t in texts if scenes.is_held_out(t) == held_out])
+            return self.material.tokenise([t for t in texts if scenes.is_held_out(t) == held_out])
 
         learned = captions(self.options.first_seed, size.captions, False)
         judged = captions(HELD_OUT_SEED, size.captions // 10, True)
@@ -238,14 +115,14 @@ class Run:
         painted = torch.cat(
             [
                 piece
-                for piece, _ in self.rendered(
+                for piece, _ in self.material.rendered(
                     mixed_orders(size.vae_clips, self.options.first_seed, size.full, size.height, size.width)
                 )
             ]
         )
         kept = [
-            torch.from_numpy(self.film.frames[s.start : s.end])
-            for s in self.film.shots
+            torch.from_numpy(self.material.film.frames[s.start : s.end])
+            for s in self.material.film.shots
             if not s.held_out and s.end - s.start >= size.full
         ]
         reel, lengths = torch.cat(kept).to(self.device), [len(k) for k in kept]
@@ -279,38 +156,13 @@ class Run:
     def measure_ceiling(self) -> None:
         """PSNR of the autoencoder alone, by category, on held-out clips of full length."""
         ceiling = {}
-        for category, source in self.held_out(self.size.full):
+        for category, source in self.material.held_out(self.size.full):
             values = [
                 (autoencoder.reconstruction_psnr(self.vae, frames), len(frames)) for frames, _ in source
             ]
             ceiling[category] = round(float(np.mean([v for v, _ in values])), 2)
         self.report["vae_psnr_db"] = ceiling
         logger.info("vae ceiling, dB: %s", ceiling)
-
-    def sketches(self, data: LatentSet) -> Iterator[dit.Batch]:
-        """A few latent frames of each clip."""
-        for clips in data.batches(self.size.sketch_batch):
-            yield sketch(clips, self.size.sketch)
-
-    def layouts(self, data: LatentSet) -> Iterator[dit.Batch]:
-        """Thinned sketches, those of cuts spliced from plain clips in every second batch."""
-        size = self.size
-        first = self.options.first_seed + size.clips
-        orders = [
-            Order("plain", first + i, size.full, size.height, size.width) for i in range(size.plain_clips)
-        ]
-        plain = self.encoded(self.rendered(orders))
-        for clips in data.batches(size.layout_batch):
-            yield thinned(sketch(clips, size.sketch))
-            latents, captions = plain.spliced(size.layout_batch, self.rng, size.full)
-            cuts = dit.Batch(latents.float(), self.tokenise(captions), clips.places)
-            yield thinned(sketch(cuts, size.sketch))
-
-    def whole_and_sketched(self, data: LatentSet) -> Iterator[dit.Batch]:
-        """Whole clips, and every :data:`SKETCH_EVERY` batches one of sketches."""
-        clips, sketches = data.batches(self.size.full_batch), self.sketches(data)
-        for number in itertools.count(1):
-            yield next(clips if number % SKETCH_EVERY else sketches)
 
     def train_denoiser(
         self,
@@ -325,7 +177,7 @@ class Run:
             self.denoiser,
             self.averaged,
             batches,
-            self.empty(),
+            self.material.empty(),
             schedule,
             target,
             compiled=self.device.type == "cuda",
@@ -336,15 +188,13 @@ class Run:
         self.denoiser.load_state_dict(self.averaged.state_dict())
         self.checkpoint()
 
-    def empty(self) -> torch.Tensor:
-        """Token ids of the empty caption."""
-        return self.tokenise([""])[0]
-
     def measure_loss(self, name: str) -> None:
         """Held-out flow-matching loss by category at full length."""
         losses = {}
-        for category, source in self.held_out(self.size.full):
-            losses[category] = round(dit.held_out_loss(self.averaged, self.encoded(source).all()), 4)
+        for category, source in self.material.held_out(self.size.full):
+            losses[category] = round(
+                dit.held_out_loss(self.averaged, self.material.encoded(self.vae, source).all()), 4
+            )
         losses["mean"] = round(float(np.mean(list(losses.values()))), 4)
         self.report[f"held_out_loss_{name}"] = losses
         logger.info("held-out loss, %s: %s", name, losses)
@@ -352,7 +202,9 @@ class Run:
     def measure_order(self, name: str) -> None:
         """Share of held-out cuts whose order is taken from the caption."""
         size = self.size
-        clips = self.encoded(self.rendered(self.held_out_orders("cut", size.full, times=8))).all()
+        clips = self.material.encoded(
+            self.vae, self.material.rendered(self.material.held_out_orders("cut", size.full, times=8))
+        ).all()
         self.report[f"right_order_{name}"] = round(
             dit.right_order(self.averaged, sketch(clips, size.sketch)), 3
         )
@@ -395,11 +247,14 @@ class Run:
             options.sketch_minutes + options.full_minutes + options.distil_minutes + options.layout_minutes
             > 0
         ):
-            data = self.training_set()
+            began = time.monotonic()
+            data = self.material.training_set(self.vae, options.encode_minutes * 60)
+            self.report["clips"] = len(data.tokens)
+            logger.info("%d clips in %.0f s", len(data.tokens), time.monotonic() - began)
         if options.layout_minutes > 0:
             self.measure_order("before")
             self.train_denoiser(
-                self.layouts(data),
+                self.material.layouts(self.vae, data),
                 dit.Schedule(
                     options.layout_minutes * 60, options.rate, 0.3, final=options.handover, first_share=1.0
                 ),
@@ -408,13 +263,13 @@ class Run:
             self.measure_order("layout")
         if options.sketch_minutes > 0:
             self.train_denoiser(
-                self.sketches(data),
+                self.material.sketches(data),
                 dit.Schedule(options.sketch_minutes * 60, options.rate, 0.3, final=options.handover),
                 "sketch",
             )
         if options.full_minutes > 0:
             self.train_denoiser(
-                self.whole_and_sketched(data),
+                self.material.whole_and_sketched(data),
                 dit.Schedule(options.full_minutes * 60, options.rate * options.handover, 0.8),
                 "full",
             )
@@ -428,12 +283,12 @@ class Run:
                 data.batches(size.full_batch),
                 dit.Schedule(options.distil_minutes * 60, options.rate * 0.4, 0.8),
                 "distil",
-                dit.guided_velocity(teacher, self.empty(), options.guidance),
+                dit.guided_velocity(teacher, self.material.empty(), options.guidance),
             )
             self.measure_order("distil")
             self.sheets("distilled", 1.0)
         self.checkpoint()
-        self.renderer.close()
+        self.material.renderer.close()
 
 
 def _device_name(device: torch.device) -> str:
