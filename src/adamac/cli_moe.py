@@ -220,7 +220,7 @@ def moe_generate(options: MoeGenerate, console: Console) -> int:
     if options.samples < 1:
         raise BadInput(f"samples must be at least 1, got {options.samples}")
     prompts = [prompt for prompt in options.prompt for _ in range(options.samples)]
-    texts = _continue(options, prompts, console)
+    texts = _continue(options, prompts)
     for prompt, text in zip(prompts, texts, strict=True):
         console.print(f"[bold]{_plain(prompt)}[/]{_plain(text)}", highlight=False, soft_wrap=True)
         console.print()
@@ -248,7 +248,7 @@ def moe_export(options: MoeExport, console: Console) -> int:
 def _tell(result: Result, options: MoeTrain, console: Console) -> None:
     """Say what was reached, show what the model writes, and how to have more of it."""
     tokens = min(SAMPLE_TOKENS, options.context - 1)
-    text = _continue(MoeGenerate(options.out, tokens=tokens, device=options.device), [""], console)[0]
+    text = _continue(MoeGenerate(options.out, tokens=tokens, device=options.device), [""])[0]
     reached = (
         f"{result.steps} steps in {duration(result.time_s)}: [bold]{result.bits_per_byte:.3f}[/] bits per byte of "
         f"held-out text; knowing only how often each token occurs gives {result.unigram_bits_per_byte:.3f}"
@@ -258,11 +258,12 @@ def _tell(result: Result, options: MoeTrain, console: Console) -> None:
         console.print(line, highlight=False, soft_wrap=True)
 
 
-def _continue(options: MoeGenerate, prompts: list[str], console: Console) -> list[str]:
+def _continue(options: MoeGenerate, prompts: list[str]) -> list[str]:
     """Continuations of prompts, each with the next seed; says so where a GPU waits for its host at every operation."""
     import torch
 
     from adamac.moe.lm.checkpoint import load_model, load_tokenizer
+    from adamac.moe.lm.decoding import FEWEST
     from adamac.moe.lm.generate import generate
     from adamac.moe.lm.world import find_device
 
@@ -272,9 +273,9 @@ def _continue(options: MoeGenerate, prompts: list[str], console: Console) -> lis
     model = load_model(options.directory, device, dtype)
 
     def told(decoder: Decoder) -> None:
-        if device.type == "cuda" and not decoder.captured:
+        if device.type == "cuda" and decoder.reason and options.tokens > FEWEST:  # fewer are quick either way
             line = f"decoding was not captured in a CUDA graph: {decoder.reason}"
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
+            Console(stderr=True).print(line, highlight=False, markup=False, soft_wrap=True)
 
     added = generate(
         model,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import threading
 from collections.abc import Callable
 
 import torch
@@ -18,6 +19,8 @@ logger = logging.getLogger(__name__)
 WARMUP = 3
 """Plain calls before recording, in which kernels are compiled and chosen."""
 
+_RECORDING = threading.Lock()  # recordings share a stream, and what else ran on it would be recorded
+
 
 class Replayed:
     """A function from tensors to a tuple of tensors; on a CUDA device it is recorded once for each shape.
@@ -25,7 +28,7 @@ class Replayed:
     What it returns is overwritten by the next call of the same shapes. The function must not wait for
     the device, and whatever else it reads must stay where it is in memory; what it writes beside its value
     it writes several times before the first recording. One that cannot be recorded is called plainly from
-    then on: a slow run is better than none.
+    then on: a slow run is better than none. One thread records at a time, and others may work meanwhile.
 
     Attributes:
         problem: Why calls are plain on a GPU, in a line; empty as long as nothing went wrong.
@@ -36,6 +39,11 @@ class Replayed:
         self._recorded: dict[tuple, tuple] = {}
         self.problem = ""
 
+    @property
+    def recorded(self) -> bool:
+        """Whether a call was recorded, and later ones of its shape are replayed."""
+        return bool(self._recorded)
+
     def __call__(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The function's value."""
         if self.problem or not inputs[0].is_cuda:
@@ -45,7 +53,8 @@ class Replayed:
             if shapes not in self._recorded:
                 stream, pool = torch.cuda.current_stream(), torch.cuda.graph_pool_handle()
                 try:
-                    self._recorded[shapes] = self._record(inputs, pool)
+                    with _RECORDING:
+                        self._recorded[shapes] = self._record(inputs, pool)
                 except RuntimeError as error:
                     logger.warning("recording failed for %s; going on unrecorded", shapes, exc_info=True)
                     self._give_up(stream, pool)
@@ -69,7 +78,7 @@ class Replayed:
                 self._function(*places)
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=aside):
+        with torch.cuda.graph(graph, pool=pool, stream=aside, capture_error_mode="thread_local"):
             outputs = self._function(*places)
         return graph, places, outputs
 

@@ -64,10 +64,12 @@ def test_decoding_that_a_gpu_could_not_capture_says_why_in_a_line(trained, monke
     monkeypatch.setattr("adamac.moe.lm.checkpoint.load_model", lambda *given: None)
     line = "decoding was not captured in a CUDA graph: it waits [always]\n"
     assert cli.main(["moe", "generate", "out/moe"]) == 0
-    assert line not in capsys.readouterr().out
+    assert line not in capsys.readouterr().err
     monkeypatch.setattr("adamac.moe.lm.world.find_device", lambda name: SimpleNamespace(type="cuda"))
     assert cli.main(["moe", "generate", "out/moe"]) == 0
-    assert capsys.readouterr().out.count(line) == 1
+    assert capsys.readouterr().err.count(line) == 1
+    assert cli.main(["moe", "generate", "out/moe", "--tokens", "5"]) == 0
+    assert line not in capsys.readouterr().err
 
 
 def test_a_run_is_resumed_or_left_alone(trained, capsys):

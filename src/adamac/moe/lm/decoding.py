@@ -1,10 +1,12 @@
 """Decoding: the same step for each token, so that a GPU can replay it.
 
-A step adds one token to every text. What it launches does not depend on how much was read before, which column comes next is a
-number on the device, and nothing is read back. So on a GPU it is recorded once as a CUDA graph, and from then on a token costs
-the host one launch, not some forty for each layer. Elsewhere the same step runs as it is.
+A step adds one token to every text. One that is to be replayed launches the same work however much was read before: which column
+comes next is a number on the device, all room is attended to, and nothing is read back. It is recorded once as a CUDA graph, and
+from then on a token costs the host one launch, not some forty for each layer. Where that cannot be, a step attends to what was
+read and no more, and the reason is said. Both add the same tokens, up to rounding.
 
-A recording is made of one shape and of the memory that the model's weights have now: a decoder lives as long as its texts.
+A recording is made of one shape and of the memory that the model's weights have now: a decoder lives as long as its texts. What
+Python does in the model and in the choice, it does while recording and not again.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ Choose = Callable[[Tensor, Tensor], Tensor]
 """``[batch, vocab]`` logits and the ``[1]`` number of columns read to the next token of each text, ``[batch]`` int64."""
 
 FEWEST = 8
-"""Tokens from which recording pays: it takes three steps to warm up, one to record, and about one more to make the graph."""
+"""Steps from which recording pays: it takes three steps to warm up, one to record, and about one more to make the graph."""
 
 
 class Decoder:
@@ -48,18 +50,19 @@ class Decoder:
         self.cache = cache
         self._ids, self._column = last[:, None], torch.full((1,), cache.length, device=last.device)
         self._obstacle = obstacle(model, tokens)
-        step = partial(_step, model, cache, choose)  # no method: memory that hangs in a cycle is freed late
-        self._step = step if self._obstacle else Replayed(step)
+        # No methods: memory that hangs in a cycle is freed late.
+        grow, step = partial(_grow, model, cache, choose), partial(_step, model, cache, choose)
+        self._step = grow if self._obstacle else Replayed(step)
 
     @property
     def reason(self) -> str:
-        """Why steps are not captured in a CUDA graph, in words; empty if they are. The first step may find one more."""
+        """Why steps are not captured in a CUDA graph, in words; empty if nothing is in the way. The first may find one more."""
         return self._step.problem if isinstance(self._step, Replayed) else self._obstacle
 
     @property
     def captured(self) -> bool:
-        """Whether steps are replayed from a CUDA graph."""
-        return not self.reason
+        """Whether steps are replayed from a CUDA graph; not before the first."""
+        return isinstance(self._step, Replayed) and self._step.recorded
 
     @torch.no_grad()
     def step(self) -> Tensor:
@@ -75,8 +78,9 @@ class Decoder:
             raise ValueError(
                 f"the cache has room for {self.cache.room} columns and all are written; give it more room or ask for fewer tokens"
             )
+        read = self.cache.length
         self._ids, self._column = self._step(self._ids, self._column)
-        self.cache.length += 1
+        self.cache.length = read + 1
         return self._ids[:, 0].clone()  # the next step writes over it
 
 
@@ -86,11 +90,15 @@ def obstacle(model: GPT, tokens: int) -> str:
     if weight.device.type != "cuda":
         return f"the model is on {weight.device.type}, and CUDA graphs are for GPUs"
     if tokens < FEWEST:
-        return f"{tokens} tokens are fewer than the {FEWEST} from which recording pays"
+        return f"{tokens} steps are fewer than the {FEWEST} from which recording pays"
+    if torch.is_inference_mode_enabled():
+        return "inference mode is on, and others could not record after what is recorded in it; use torch.no_grad"
     if torch.is_autocast_enabled("cuda"):
         return "autocast is on, which casts weights anew in each step; cast the model itself"
     if any(hasattr(parameter, "to_local") for parameter in model.parameters()):
         return "parameters are spread over ranks, which would have to record together"
+    if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
+        return "modules have forward hooks, which a replay would not call"
     for moe in model.moes:
         if not isinstance(moe.dispatcher, Local):
             return f"rows are sent to other ranks ({type(moe.dispatcher).__name__}), which waits for them"
@@ -106,5 +114,12 @@ def obstacle(model: GPT, tokens: int) -> str:
 def _step(model: GPT, cache: Cache, choose: Choose, ids: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
     """From the last tokens and their column to the next ones and theirs: done twice, it is as if done once."""
     features = model.features(ids, cache.at(column))
+    read = column + 1
+    return choose(model.logits(features[:, -1]), read)[:, None], read
+
+
+def _grow(model: GPT, cache: Cache, choose: Choose, ids: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
+    """The same, attending to what was read alone; it is never recorded."""
+    features = model.features(ids, cache.advance(1))
     read = column + 1
     return choose(model.logits(features[:, -1]), read)[:, None], read

@@ -1,7 +1,8 @@
 """Sampling: several prompts of different lengths at once, a token a step, keys and values kept.
 
 Every prompt draws its random numbers from a seed of its own before anything is computed, so that what it becomes does not depend
-on which prompts it shares a batch with.
+on which prompts it shares a batch with, nor on how many tokens are asked for, but for rounding: in half precision two tokens may
+come so close that another order of additions decides between them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from adamac.moe.lm.decoding import Decoder
 from adamac.moe.lm.model import GPT
 
 
-@torch.no_grad()  # not inference mode: a recording made in it would be refused to others that record outside of it
+@torch.inference_mode(False)  # what a caller in that mode recorded would be in the way of other recordings
+@torch.no_grad()
 def generate(
     model: GPT,
     prompts: Sequence[Sequence[int]],
