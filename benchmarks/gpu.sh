@@ -26,7 +26,9 @@ steps() {
 # small models of all families have to make the same video spread as alone.
 scaling() {
   local ranks gpus device=cuda
-  if [ -n "$EXTRA" ]; then device=cpu gpus=${RANKS:-2}; else gpus=$(nvidia-smi -L | wc -l); fi
+  gpus=$(python3 -c "import torch; print(torch.cuda.device_count())")
+  [ -n "$EXTRA" ] && device=cpu gpus=${RANKS:-2}
+  (( gpus < 2 )) && { echo "needs two GPUs, there are $gpus"; return 1; }
   spread() { python3 -m torch.distributed.run --standalone --nproc-per-node "$1" -m benchmarks.end_to_end "${@:2}"; }
   local many="run --out $OUT/scaling.jsonl ${COMMIT:+--commit $COMMIT} $EXTRA $QUICK --dense-steps 1 --arms best_dense default_15"
   spread "$gpus" check --device $device || return 1

@@ -1,10 +1,10 @@
 """What the host pays for one launch, by kind, and for a layer of 8 tokens, which is launches and Python alone.
 
-    python benchmarks/launch_cost.py --out benchmarks/results/h200/launch_cost.jsonl
+    python -m benchmarks.launch_cost --out benchmarks/results/h200/launch_cost.jsonl
 
 Calls follow each other without a wait and leave the device next to nothing to do, so that the host's time is all there is: the
-clock runs until the last call has returned, not until the device is done. ``python_us`` is the time this thread was computing, of
-it; the rest it waited for the driver. With ``--profile`` what Python did in the layer is printed, function by function.
+clock runs until the last call has returned, not until the device is done. ``thread_us`` is what this thread worked of it, in Python and
+in the driver; the rest it slept. With ``--profile`` what Python did in the layer is printed, function by function.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def calls(device: str, hidden: int) -> Iterable[tuple[str, int, Callable[[], Any
 
 
 def host_us(step: Callable[[], Any], device: str) -> dict[str, Any]:
-    """Microseconds of a call until it returns, and of those that this thread computed: medians over rounds."""
+    """Microseconds of a call until it returns, and of those that this thread worked: medians over rounds."""
     for _ in range(3):
         step()
     wall, computed = [], []
@@ -95,7 +95,7 @@ def host_us(step: Callable[[], Any], device: str) -> dict[str, Any]:
         "n": _ROUNDS,
         "host_us": round(median(wall), 1),
         "least_us": round(min(wall), 1),
-        "python_us": round(median(computed), 1),
+        "thread_us": round(median(computed), 1),
     }
 
 

@@ -163,7 +163,7 @@ def _foresee(row: Row, arm: Arm, inputs: Inputs, crew: Crew) -> None:
     """Put beside the times what the cost model, fitted before, says of them."""
     if crew.machine is None or arm.layer is None:
         return
-    row["predicted_from_ranks"] = crew.machine.ranks or 1
+    row["predicted_from_ranks"] = crew.machine.ranks  # None: measured on one rank alone
     for name in ("forward", "forward_backward"):
         said = predict(
             arm.layer.config,

@@ -77,7 +77,7 @@ def run(options: Run, say: Callable[[str], None] = print) -> list[Row]:
         OSError: If that file cannot be read.
     """
     check(options)
-    machine = None if options.machine is None else Machine.load(options.machine)
+    machine = None if options.machine is None else _machine(options)
     deadline_s = time.time() + 60 * options.minutes
     device, file, rows = _device(options), RowFile(options.out), []
     started = datetime.now(UTC).isoformat(timespec="seconds")
@@ -114,6 +114,25 @@ def run(options: Run, say: Callable[[str], None] = print) -> list[Row]:
         )
         carry_out(order, take, say)
     return rows
+
+
+def _machine(options: Run) -> Machine:
+    """Constants from a file, for the one fabric that is measured.
+
+    Raises:
+        ValueError: If the file has none of it, or nothing that would be predicted is measured.
+    """
+    assert options.machine is not None, "asked for"
+    machine, fabrics = Machine.load(options.machine), _fabrics(options)
+    if len(fabrics) != 1:
+        raise ValueError(f"constants are those of one fabric; got --machine and {len(fabrics)} fabrics")
+    if fabrics[0].backend is not None and machine.ranks is None:
+        raise ValueError(
+            f"{options.machine} was measured on one rank and has no constants of {fabrics[0].name}; measure it under torchrun"
+        )
+    if not {"layer", "rivals"} & set(options.parts):
+        raise ValueError("--machine predicts layers; got none in --parts")
+    return machine
 
 
 def check(options: Run) -> None:

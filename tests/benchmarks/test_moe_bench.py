@@ -146,6 +146,27 @@ def test_constants_of_two_ranks_say_beforehand_what_four_take(tmp_path):
         said = predict(config, 256, 4, row["dispatcher"], machine, itemsize=4)
         assert (row["ranks"], row["predicted_from_ranks"]) == (4, 2)
         assert row["forward"]["predicted_ms"] == pytest.approx(said.time_ms)
+    text = tables(rows)
+    assert "| cost model by constants of other ranks, against measurement | within 15 % |" in text
+    assert "| cost model against measurement | within 15 % |  |  | not measured |" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "ranks", "message"),
+    [
+        ({"fabrics": ("none", "gloo")}, 2, "those of one fabric; got --machine and 2 fabrics"),
+        ({}, None, "measured on one rank and has no constants of gloo"),
+        ({"parts": ("cost",)}, 2, "predicts layers; got none in --parts"),
+    ],
+)
+def test_constants_that_cannot_predict_are_refused_before_anything_is_measured(
+    tmp_path, changes, ranks, message
+):
+    replace(machine_of(), ranks=ranks).save(tmp_path / "machine.json")
+    asked = {"fabrics": ("gloo",), "parts": ("layer",)} | changes
+    with pytest.raises(ValueError, match=message):
+        run(Run(plan="tiny", out=tmp_path / "rows", machine=tmp_path / "machine.json", **asked), say=silent)
+    assert not (tmp_path / "rows").exists()
 
 
 def test_ranks_without_tokens_and_experts_without_rows_are_checked(tmp_path):
