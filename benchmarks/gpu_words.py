@@ -78,9 +78,10 @@ SCALING_BEFORE = (
 )
 
 SCALING = (
-    "Attention itself scales, dense (2.02 and 2.03 times as fast on two) and sparse (1.96 and 1.98); the ranks differ by 1 % at "
+    "Attention itself scales, dense (2.02 and 2.03 times as fast on two) and sparse (1.96 and 1.98); the ranks differ by a bit over 1 % at "
     "most. What does not is the rest: exchanging heads for tokens adds 0.26 to 0.48 s to a step, 6 to 8 ms a layer. A sparse step "
-    "is shorter, so the same exchange is more of it: 4 % less efficient than a dense one at both models, where 5 % was the target. "
+    "is shorter, so the same exchange is more of it: 4 % less efficient than a dense one at both models, where 5 % was the target: met, by less than what one dense step of Wan2.1-14B "
+    "on one GPU differs between this run and the one before (2 %). "
     "In the run before (b477957, `h200/scaling_first_run.jsonl`) the exchange added 12 to 18 ms a layer, and sparse was 5 and 7 % "
     "less efficient: it passed seven times over memory to bring heads and tokens in order, and passes once before each message now. "
     "What it sends (774 MB a rank and layer at Wan2.1-14B) would take 3 ms at 275 GB/s, which is what an exchange between two of "

@@ -102,11 +102,11 @@ def host_words(rows: list[Row], former: list[Row]) -> str:
     old, new = (machines_of(each)["none"].least_ms["local"] for each in (former, rows))
     return (
         f"Fewer launches lowered the floor among ranks; on one GPU it is {new:.2f} ms after {old:.2f}, on another host. {counts[0]:.0f} to {counts[1]:.0f} "
-        f"launches in {new:.2f} ms are {1e3 * new / counts[1]:.0f} to {1e3 * new / counts[0]:.0f} µs each, several times what a launch alone takes, so "
-        "the rest is probably Python between launches: checks, autograd, the dispatcher. Over NVLink sixteen times the tokens still take "
+        f"launches in {new:.2f} ms are {1e3 * new / counts[1]:.0f} to {1e3 * new / counts[0]:.0f} µs each, several times what a launch alone takes "
+        "([below](#what-a-launch-costs-the-host)). Over NVLink sixteen times the tokens still take "
         f"only {min(more.values()):.0%} to {more[most]:.0%} more time (most for {most}, for whose messages the device waits; both cases came late in "
-        "the run, when the host was slower than for the case of the targets). Next: a profile of the "
-        "host's time in a layer, then captured or compiled stretches between its reads."
+        "the run, when the host was slower than for the case of the targets). Next: "
+        "captured or compiled stretches between its reads, as decoding has them."
     )
 
 

@@ -219,9 +219,9 @@ def skewed_words(rows: list[Row]) -> str:
             changes = [s.best(name) / even[fabric, s.key].best(name) for s in own for name in PASSES]
             other = sum(s.pays != even[fabric, s.key].pays for s in own)
             lines.append(
-                f"{WORDS[fabric]} {len(own)} shapes, ratio {median(s.best(n) for s in own for n in PASSES):.2f} in the median, "
+                f"{WORDS[fabric]} {len(own)} shape{'s' * (len(own) != 1)}, ratio {median(s.best(n) for s in own for n in PASSES):.2f} in the median, "
                 f"{median(changes):.2f} times that of the same shapes with balanced routing, another verdict in {other}"
-                f"{f' ({len(missed)} shapes were not reached in time)' if missed else ''}"
+                f"{f' ({len(missed)} not reached in time)' if missed else ''}"
             )
     return f"**Uneven routing** (`trained_like`): {'; '.join(lines)}."
 
@@ -251,8 +251,8 @@ def again_words(rows: list[Row], former: list[Row]) -> str:
     first = next(s for s in shapes(rows, "balanced") if s.fabric == "shm" and s.key == (2048, 8, 0.25))
     before = then[first.fabric, first.routing, first.key]
     return (
-        f"**How far to trust one cell.** Layers that the longer run (`h200/moe.jsonl`) timed too differ between the runs: {'; '.join(lines)}. Layers that "
-        "keep a link or the device busy come out the same; those that wait for the host go with its pace: through shared memory XL top-8 forward "
+        f"**How far to trust one cell.** Layers that the longer run (`h200/moe.jsonl`) timed too differ between the runs: {'; '.join(lines)}. The "
+        "baseline's copies, which keep a link busy longest, come out the same; what waits for the host goes with its pace: through shared memory XL top-8 forward "
         f"between the best is {first.best('forward'):.2f} here and was {before.best('forward'):.2f}. Where a cell is within a fifth of 1, the host may have decided it."
     )
 

@@ -258,6 +258,12 @@ def _ordering(found: list[Point], said: dict[int, Prediction], fabric: str, way:
 def _skew_words(rows: list[Row], busy: list[Point]) -> str:
     even = {(s.fabric, s.key): s for s in shapes(rows, "balanced")}
     told = []
+    changes = [
+        s.best(name) / even[s.fabric, s.key].best(name)
+        for s in shapes(rows, "trained_like")
+        if (s.fabric, s.key) in even
+        for name in PASSES
+    ]
     for fabric in _fabrics(busy):
         own = [p for p in busy if p.row["fabric"] == fabric and p.row["routing"] != "balanced"]
         pairs = [(p, even.get((fabric, (p.row["hidden"], p.row["top_k"], p.row["ratio"])))) for p in own]
@@ -266,7 +272,7 @@ def _skew_words(rows: list[Row], busy: list[Point]) -> str:
         told.append(f"{WORDS[fabric]} {median(longer):.2f} (rank's load {load:.2f})")
     return (
         "**Uneven loads** are left out of the model. Layers that keep the device busy take longer with them, in the median of the same shapes: "
-        f"{', '.join(told)}. Both sides alike, so that ratios keep."
+        f"{', '.join(told)}. Ratios between the best dispatchers are {median(changes):.2f} times as large in the median, single ones {min(changes):.2f} to {max(changes):.2f} times."
     )
 
 

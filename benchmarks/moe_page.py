@@ -147,6 +147,7 @@ def page(rows: list[Row], former: list[Row], learned: list[Row], new: Later) -> 
         "![A forward pass with nothing to do, at 1,024 and at 16,384 tokens](assets/moe-host.svg)",
         "*Before*, on two H100, another host set the pace too, so what fell is not owed to fewer launches alone.",
         launch_table(rows, former),
+        "### What a launch costs the host",
         cost_words(new.launching),
         cost_table(new.launching),
         "## Other widths, ratios and numbers of experts a token",

@@ -138,11 +138,11 @@ def cost_words(rows: list[Row]) -> str:
         us["gate"] + us["rows in order"] + us["rows added up, one kernel of ours"] + 2 * us["grouped product"]
     )
     return (
-        f"**What a launch costs the host**, without gradients, measured later at commit `{rows[0]['commit']}` on a host of the same kind (`h200/launch_cost.jsonl`): torch's "
-        f"plain operations {bare[0]:.0f} to {bare[1]:.0f} µs, a kernel of ours {us['rows added up, one kernel of ours']:.0f}. A layer of 8 tokens takes {layer[0] / 1e3:.2f} and "
-        f"{layer[1] / 1e3:.2f} ms there, all of it work of its own thread: nothing waits for the driver. Its gate, order, sums and grouped products are {pieces / 1e3:.2f} ms of "
-        "that; the rest are modules, checks, the balance loss and small operations between. It was more than twice as long in the run of the layers: "
-        "the host's pace, again. What is replayed from a CUDA graph pays none of it ([decoding](#prefill-and-decoding))."
+        f"Without gradients, measured later at commit `{rows[0]['commit']}` on a host of the same kind (`h200/launch_cost.jsonl`): torch's "
+        f"plain operations {bare[0]:.0f} to {bare[1]:.0f} µs, rows added up by a kernel of ours {us['rows added up, one kernel of ours']:.0f}. A layer of 8 tokens, XL top-8, takes {layer[0] / 1e3:.2f} "
+        f"and {layer[1] / 1e3:.2f} ms until its call returns, in which the thread never sleeps: it is Python's work and the driver's. Its gate, order, sums and grouped products are "
+        f"{pieces / 1e3:.2f} ms of that; the rest are modules, checks, the balance loss and small operations between. The floor above is of another layer, in training mode, and until the "
+        "device is done, so that the two do not compare. What is replayed from a CUDA graph pays none of it ([decoding](#prefill-and-decoding))."
     )
 
 

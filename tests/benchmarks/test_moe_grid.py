@@ -88,8 +88,8 @@ def test_uneven_routing_is_compared_with_the_same_shapes_and_what_was_stopped_is
     rows = layers() + layers(hidden=1024) + layers(narrow=WIDE, routing="trained_like")
     rows += [{"benchmark": "moe_layer", "status": "stopped", "fabric": "shm", "arm": "all"}] * 2
     words = skewed_words(rows)
-    assert "shared memory 1 shapes, ratio 1.00 in the median, 0.67 times that of the same shapes" in words
-    assert "another verdict in 1 (2 shapes were not reached in time)" in words
+    assert "shared memory 1 shape, ratio 1.00 in the median, 0.67 times that of the same shapes" in words
+    assert "another verdict in 1 (2 not reached in time)" in words
 
 
 def test_runs_are_compared_by_the_layers_that_both_have():

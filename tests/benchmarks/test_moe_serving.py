@@ -46,5 +46,11 @@ def test_gains_tails_and_ratios_are_those_of_the_rows():
 
 
 def test_a_model_whose_captured_steps_are_missing_is_named():
-    said = decode_words([*GROWN, *CAPTURED, token("bigmac", 30.0, model="medium")], GROWN)
+    medium = [token(side, 30.0, model="medium") for side in ("fine_grained", "bigmac")]
+    said = decode_words([*GROWN, *CAPTURED, *medium], GROWN)
     assert "The captured steps of Medium were not reached in time." in said
+
+
+def test_what_one_side_alone_came_to_is_not_compared():
+    assert decode_words([*GROWN, *WAITING], GROWN) == "No captured step was reached in time."
+    assert decode_words([*GROWN, CAPTURED[0]], GROWN) == "No captured step was reached in time."

@@ -104,7 +104,7 @@ class RunFolder:
         """Read the rows; a last line that a kill tore is left out.
 
         Raises:
-            ValueError: If there are none.
+            ValueError: If there is no such file.
         """
         try:
             return [json.loads(line) for line in _whole_lines(self.rows)]
