@@ -15,4 +15,4 @@ output = attend(query, key, value, plan)
 
 dense = torch.nn.functional.scaled_dot_product_attention(query, key, value)
 error = (output - dense).norm() / dense.norm()
-print(f"{plan.density().mean():.1%} of the pairs, relative error {error:.3f}")
+print(f"{plan.density().mean():.1%} of the pairs, relative error {error:.1e}")

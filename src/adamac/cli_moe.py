@@ -219,9 +219,14 @@ def moe_generate(options: MoeGenerate, console: Console) -> int:
     """Print continuations."""
     if options.samples < 1:
         raise BadInput(f"samples must be at least 1, got {options.samples}")
+    if options.top_k < 0:
+        raise BadInput(f"top_k must be at least 1, or 0 for all tokens, got {options.top_k}")
+    _alone("generate")
     prompts = [prompt for prompt in options.prompt for _ in range(options.samples)]
     texts = _continue(options, prompts)
-    for prompt, text in zip(prompts, texts, strict=True):
+    for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True), 1):
+        if len(texts) > 1:  # texts have blank lines of their own
+            console.print(f"[dim]{number} of {len(texts)}[/]", highlight=False)
         console.print(f"[bold]{_plain(prompt)}[/]{_plain(text)}", highlight=False, soft_wrap=True)
         console.print()
     return 0
@@ -233,12 +238,14 @@ def moe_export(options: MoeExport, console: Console) -> int:
 
     from adamac.integrations.transformers.export import export
 
+    _alone("export")
     disable_progress_bar()
     export(options.directory, options.to)
     console.print(
         f"{options.to} is written; load it with\n"
-        "  import adamac.integrations.transformers\n"
-        f"  transformers.AutoModelForCausalLM.from_pretrained({str(options.to)!r})",
+        "  import adamac.integrations.transformers  # makes the model's class known\n"
+        "  from transformers import AutoModelForCausalLM\n"
+        f"  model = AutoModelForCausalLM.from_pretrained({str(options.to)!r})",
         highlight=False,
         soft_wrap=True,
     )
@@ -329,6 +336,12 @@ _READERS: dict[type, tuple[Callable[[str], Any], str]] = {
     int: (int, "a whole number"),
     float: (float, "a number"),
 }
+
+
+def _alone(command: str) -> None:
+    """Refuse to do on every rank what one process does."""
+    if (ranks := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise BadInput(f"{command} is one process, got {ranks} ranks; run it without torchrun")
 
 
 def _plain(text: str) -> str:

@@ -110,6 +110,8 @@ def _check(options: MoeBench) -> None:
             raise BadInput(f"{name} must be at least {2 if name == 'rounds' else 1}, got {value}")
     if not options.preset:
         raise BadInput("preset: expected one or more shapes, got none")
+    if options.out is not None and options.out.is_dir():
+        raise BadInput(f"out: expected a file for rows, got the directory {options.out}; name a file in it")
     if options.dtype not in ("auto", *_DTYPES):
         raise BadInput(f"dtype must be auto, {', '.join(_DTYPES)}, got {options.dtype!r}")
 

@@ -10,6 +10,7 @@ Importing this module imports neither torch nor diffusers.
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,7 +55,10 @@ def load(device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -
     import torch
     from diffusers.pipelines.wan.pipeline_wan import WanPipeline
 
-    parts = WanPipeline.from_pretrained(str(path()), torch_dtype=dtype or torch.float32)
+    with warnings.catch_warnings():
+        # torch_dtype, which all supported versions of diffusers know, is called dtype in the newest.
+        warnings.filterwarnings("ignore", message=".*torch_dtype", category=FutureWarning)
+        parts = WanPipeline.from_pretrained(str(path()), torch_dtype=dtype or torch.float32)
     return parts.to(device)
 
 

@@ -117,6 +117,17 @@ def test_a_truncated_checkpoint_is_refused(run, tmp_path):
         load_model(tmp_path / "step")
 
 
+def test_beside_an_older_checkpoint_the_remedy_is_to_go_on_from_it(run, tmp_path):
+    shutil.copytree(run[0] / "checkpoints", tmp_path / "checkpoints")
+    newest = latest_checkpoint(tmp_path / "checkpoints")
+    (newest / "model.safetensors").write_bytes(b"")
+    older = f"remove {newest} to go on from step-00000004"
+    with pytest.raises(ValueError, match=f"cannot read .*; {older}"):
+        load_model(tmp_path)
+    shutil.rmtree(newest)
+    load_model(tmp_path)
+
+
 def test_a_checkpoint_of_another_shape_is_refused(run, tmp_path):
     shutil.copytree(latest_checkpoint(run[0] / "checkpoints"), tmp_path / "step")
     config = tmp_path / "step" / "config.json"

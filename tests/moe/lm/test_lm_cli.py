@@ -48,8 +48,8 @@ def test_train_generate_export(capsys, trained, tmp_path):
     assert "adamac moe generate out/moe" in said
     assert cli.main(["moe", "generate", "out/moe", "--prompt", "[the] owl", "fish", "--tokens", "5"]) == 0
     said = capsys.readouterr().out
-    assert "[the] owl" in said
-    assert "fish" in said
+    assert "1 of 2\n[the] owl" in said
+    assert "2 of 2\nfish" in said
     assert cli.main(["moe", "export", "out/moe", "--to", "hf"]) == 0
     assert "AutoModelForCausalLM.from_pretrained('hf')" in capsys.readouterr().out
     assert (tmp_path / "hf" / "model.safetensors").exists()
@@ -70,6 +70,14 @@ def test_decoding_that_a_gpu_could_not_capture_says_why_in_a_line(trained, monke
     assert capsys.readouterr().err.count(line) == 1
     assert cli.main(["moe", "generate", "out/moe", "--tokens", "5"]) == 0
     assert line not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["generate", "out/moe"], ["export", "out/moe", "--to", "hf"]])
+def test_what_one_process_does_is_refused_on_ranks(trained, monkeypatch, capsys, tmp_path, command):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(["moe", *command]) == 2
+    assert f"{command[0]} is one process, got 2 ranks; run it without torchrun" in capsys.readouterr().err
+    assert not (tmp_path / "hf").exists()
 
 
 def test_a_run_is_resumed_or_left_alone(trained, capsys):
@@ -138,6 +146,7 @@ def test_options_are_the_recipes_with_the_same_defaults():
         (["train", "--device", "abacus"], "no device 'abacus'"),
         (["generate", "full"], "holds no tokenizer"),
         (["generate", "full", "--samples", "0"], "samples must be at least 1"),
+        (["generate", "full", "--top-k", "-1"], "top_k must be at least 1, or 0 for all tokens, got -1"),
         (["export", "full", "--to", "hf"], "holds no checkpoint"),
     ],
 )

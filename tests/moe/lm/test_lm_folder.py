@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from adamac.moe.lm.checkpoint import load_model, load_tokenizer
 from adamac.moe.lm.folder import RunFolder, field
 from adamac.moe.lm.recipe import Recipe
 
@@ -43,6 +44,24 @@ def test_a_row_that_is_no_number_is_not_written(begun):
     with pytest.raises(ValueError, match="not JSON compliant"):
         begun.append({"step": 4, "loss": float("nan")})
     assert len(begun.read_rows()) == 3
+
+
+def test_what_is_something_else_is_said_to_be_that(tmp_path):
+    (tmp_path / "run.json").write_text('{"config": {}}', encoding="utf-8")
+    with pytest.raises(ValueError, match="holds a bake-off, not a training run; choose another"):
+        RunFolder(tmp_path).is_begun(Recipe(), resume=True)
+    with pytest.raises(ValueError, match="holds a bake-off; expected a directory given to adamac moe train"):
+        load_model(tmp_path)
+    with pytest.raises(ValueError, match=r"expected a directory for the run, got the file .*run\.json"):
+        RunFolder(tmp_path / "run.json").is_begun(Recipe(), resume=False)
+    for path, found in ((tmp_path / "none", "does not exist"), (tmp_path / "run.json", "is a file")):
+        with pytest.raises(ValueError, match=f"{found}: expected a directory given to adamac moe train"):
+            load_tokenizer(path)
+
+
+def test_a_run_that_lost_its_checkpoints_is_to_be_resumed(begun):
+    with pytest.raises(ValueError, match=r"holds no checkpoint; train one with .* --resume"):
+        load_model(begun.path)
 
 
 def test_what_is_damaged_is_named(begun):

@@ -63,6 +63,7 @@ def test_seeds_differ_and_repeat():
         ([[]], {}, "at least one token"),
         ([[1]], {"tokens": 0}, "tokens must be at least 1"),
         ([[1]], {"tokens": CONFIG.context}, "exceed the model's context of 24; ask for at most 23"),
+        ([[1] * 24], {"tokens": 1}, "exceed the model's context of 24; shorten it to at most 23"),
         ([[1]], {"temperature": float("nan")}, "temperature must be"),
         ([[1]], {"top_k": 0}, "top_k must be"),
         ([[1]], {"seeds": [1, 2]}, "a seed for each"),

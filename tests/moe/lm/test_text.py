@@ -44,6 +44,7 @@ def test_files_are_found_in_the_order_of_their_names_and_may_be_compressed(tmp_p
         ("missing.txt", None, "no such file"),
         ("empty", "folder", "holds no text"),
         ("torn.txt.xz", "bytes", "cannot read"),
+        ("weights.bin", "zeros", "is no UTF-8 text: it has zero bytes"),
     ],
 )
 def test_what_cannot_be_read_is_named(tmp_path, name, content, problem):
@@ -52,6 +53,8 @@ def test_what_cannot_be_read_is_named(tmp_path, name, content, problem):
         path.mkdir()
     elif content == "bytes":
         path.write_bytes(lzma.compress(b"text" * 1000)[:40])
+    elif content == "zeros":
+        path.write_bytes(b"text\0text")
     with pytest.raises(ValueError, match=problem):
         list(map(read_text, text_files([path])))
 

@@ -101,7 +101,7 @@ def read_tensors(file: Path, device: torch.device | str = "cpu") -> dict[str, Te
     try:
         return load_file(file, device=str(device))
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"cannot read {file}: {error}") from None
+        raise ValueError(_unreadable(file, error)) from None
 
 
 def read_parts(file: Path, part: Callable[[str, int], slice]) -> dict[str, Tensor]:
@@ -122,7 +122,7 @@ def read_parts(file: Path, part: Callable[[str, int], slice]) -> dict[str, Tenso
                 for name, values in slices.items()
             }
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"cannot read {file}: {error}") from None
+        raise ValueError(_unreadable(file, error)) from None
 
 
 def load_weights(model: torch.nn.Module, weights: Mapping[str, Tensor], source: Path) -> None:
@@ -163,8 +163,14 @@ def load_model(
         else latest_checkpoint(directory / "checkpoints")
     )
     if folder is None:
+        about = directory / "run.json"
+        if about.is_file() and is_bake_off(about):
+            raise ValueError(
+                f"{directory} holds a bake-off; expected a directory given to adamac moe train as --out"
+            )
+        resume = " --resume" if about.is_file() else ""
         raise ValueError(
-            f"{directory} holds no checkpoint; train one with adamac moe train --out {directory}"
+            f"{directory} holds no checkpoint; train one with adamac moe train --out {directory}{resume}"
         )
     model = GPT(read_config(folder).dropless())
     load_weights(model, read_tensors(folder / "model.safetensors"), folder)
@@ -180,9 +186,14 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     beside = (directory, directory.parent.parent)  # a checkpoint is two levels down
     files = [folder / "tokenizer.json" for folder in beside if (folder / "tokenizer.json").is_file()]
     if not files:
-        raise ValueError(
-            f"{directory} holds no tokenizer: expected a directory given to adamac moe train as --out"
+        found = (
+            "holds no tokenizer"
+            if directory.is_dir()
+            else "is a file"
+            if directory.exists()
+            else "does not exist"
         )
+        raise ValueError(f"{directory} {found}: expected a directory given to adamac moe train as --out")
     return Tokenizer.load(files[0])
 
 
@@ -196,6 +207,19 @@ def read_json(file: Path) -> Any:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read {file}: {error}") from None
+
+
+def is_bake_off(about: Path) -> bool:
+    """Whether a run's ``run.json`` is one of ``adamac bakeoff``, which calls its file the same."""
+    values = read_json(about)
+    return isinstance(values, dict) and "config" in values and "recipe" not in values
+
+
+def _unreadable(file: Path, error: Exception) -> str:
+    """What is wrong with a checkpoint's file, and where one can go on from without it."""
+    others = [folder.name for folder in _folders(file.parent.parent) if folder != file.parent]
+    remedy = f"; remove {file.parent} to go on from {others[-1]}" if others else ""
+    return f"cannot read {file}: {error}{remedy}"
 
 
 def _folders(root: Path) -> list[Path]:

@@ -43,6 +43,10 @@ class RunFolder:
             ValueError: If it is something else's.
         """
         path, begun = self.path, self._about.is_file()
+        if path.is_file():
+            raise ValueError(f"expected a directory for the run, got the file {path}; choose another name")
+        if begun and checkpoint.is_bake_off(self._about):
+            raise ValueError(f"{path} holds a bake-off, not a training run; choose another directory")
         if begun:
             if not resume:
                 raise ValueError(
@@ -53,7 +57,7 @@ class RunFolder:
                 raise ValueError(
                     f"the run in {path} was begun with {', '.join(differences)}; resume it with the same"
                 )
-        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+        elif path.exists() and any(path.iterdir()):
             raise ValueError(f"{path} is not empty and holds no run; choose another directory")
         return begun
 

@@ -136,9 +136,13 @@ def _check(
         raise ValueError(f"temperature must be at least 0, got {temperature}")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1, got {top_k}")
-    longest = max(map(len, prompts))
-    if longest + tokens > model.config.context:
+    longest, context = max(map(len, prompts)), model.config.context
+    if longest + tokens > context:
+        remedy = (
+            f"ask for at most {context - longest}"
+            if longest < context
+            else f"shorten it to at most {context - 1}"
+        )
         raise ValueError(
-            f"a prompt of {longest} tokens and {tokens} more exceed the model's context of {model.config.context}; "
-            f"ask for at most {max(0, model.config.context - longest)}"
+            f"a prompt of {longest} tokens and {tokens} more exceed the model's context of {context}; {remedy}"
         )

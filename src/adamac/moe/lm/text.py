@@ -62,7 +62,9 @@ def text_files(paths: Iterable[Path]) -> list[Path]:
                 file for file in path.rglob("*") if file.name.endswith(SUFFIXES) and file.is_file()
             )
             if not inside:
-                raise ValueError(f"{path} holds no text: expected files that end in .txt or .txt.xz")
+                raise ValueError(
+                    f"{path} holds no text: expected files that end in .txt or .txt.xz, or the data folder of a run"
+                )
             found += inside
         elif path.is_file():
             found.append(path)
@@ -75,13 +77,15 @@ def read_text(file: Path) -> str:
     """Read a text file, compressed with xz or not; bytes that are not UTF-8 become replacement characters.
 
     Raises:
-        ValueError: If the file cannot be read or its compression is broken.
+        ValueError: If the file cannot be read, its compression is broken, or it has a byte that no text has.
     """
     try:
         raw = file.read_bytes()
         data = lzma.decompress(raw) if file.suffix == ".xz" else raw
     except (OSError, lzma.LZMAError) as error:
         raise ValueError(f"cannot read {file}: {error}") from None
+    if b"\0" in data:
+        raise ValueError(f"{file} is no UTF-8 text: it has zero bytes")
     return data.decode("utf-8", errors="replace").replace("\r\n", "\n")
 
 
