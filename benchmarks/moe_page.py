@@ -112,12 +112,28 @@ def drawn() -> str:
 
 def page(rows: list[Row], former: list[Row], learned: list[Row], new: Later) -> str:
     """The page as Markdown."""
+    parts = [
+        *parts_of_targets(rows, former, new),
+        *parts_of_layers(rows, former, new),
+        *parts_of_models(rows, new),
+        "## The cost model",
+        moe_foreseen.section(rows, former),
+        moe_grid_cost.section(new.grid),
+        "## Quality",
+        moe_quality_page.section(learned),
+        *parts_of_everything(rows, new),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def parts_of_targets(rows: list[Row], former: list[Row], new: Later) -> list[str]:
+    """What was asked for, and whether it pays."""
     stamp, then = rows[-1], former[-1]
     machine = (
         f"up to {max(row['ranks'] for row in rows)} × {stamp['device']} of one host, torch {stamp['torch']}, "
         f"NCCL {stamp['nccl']}, triton {stamp['triton']}, bfloat16, commit `{stamp['commit']}`"
     )
-    parts = [
+    return [
         "# Results of the mixture of experts",
         f"Drawn by `benchmarks/moe_page.py` from the rows in `benchmarks/results/h200/moe.jsonl`: {machine}. *Before* is the run on "
         f"{max(row['ranks'] for row in former)} × {then['device']} of another host at commit `{then['commit']}` (`h100/moe.jsonl`), when a layer was "
@@ -134,6 +150,12 @@ def page(rows: list[Row], former: list[Row], learned: list[Row], new: Later) -> 
         "![Ratios by fabric against their targets](assets/moe-ratios.svg)",
         verdict_words(rows),
         moe_grid.verdict_words(new.grid),
+    ]
+
+
+def parts_of_layers(rows: list[Row], former: list[Row], new: Later) -> list[str]:
+    """Where a layer's time goes, on other shapes and more ranks too."""
+    return [
         "## Where a forward pass's time goes on the device",
         "Kernels of one pass by what they are for, XL top-8, 16,384 tokens on each rank. A kernel that sends also waits for the "
         "other rank, and is counted with the wait.",
@@ -158,6 +180,12 @@ def page(rows: list[Row], former: list[Row], learned: list[Row], new: Later) -> 
         projected(rows),
         "With more ranks a token's experts lie on more of them, so that every way of sending sends more for the same products, and "
         "a quarter of it counts for more.",
+    ]
+
+
+def parts_of_models(rows: list[Row], new: Later) -> list[str]:
+    """Whole models: training, prefill, decoding."""
+    return [
         "## Training",
         f"Models of the XL and Medium shapes with random weights at commit `{new.models[-1]['commit']}` (`h200/moe_models.jsonl`). The training steps through "
         "shared memory had the machine to themselves; what ran on one GPU shared the host with other work on the machine's other card and on its cores.",
@@ -172,11 +200,12 @@ def page(rows: list[Row], former: list[Row], learned: list[Row], new: Later) -> 
         layout_table(new.layouts),
         "## Prefill and decoding",
         moe_serving.section(new.serving, new.models),
-        "## The cost model",
-        moe_foreseen.section(rows, former),
-        moe_grid_cost.section(new.grid),
-        "## Quality",
-        moe_quality_page.section(learned),
+    ]
+
+
+def parts_of_everything(rows: list[Row], new: Later) -> list[str]:
+    """All rows of the run of the layers, and what could not be measured."""
+    return [
         "## The layer",
         *(layers(fabric, own) for fabric, own in by_fabric(rows)),
         "## Stages of a forward pass",
@@ -194,7 +223,6 @@ def page(rows: list[Row], former: list[Row], learned: list[Row], new: Later) -> 
         "Not part of these runs: the fused activation ([measured before](decisions/activation-stays-apart.md)), other numbers of experts than 64, "
         "widths above 4,096, more than two ranks.",
     ]
-    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def by_fabric(rows: list[Row]) -> Iterable[tuple[str, list[Row]]]:
