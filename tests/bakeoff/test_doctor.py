@@ -1,11 +1,16 @@
 """What the doctor says of a tiny Wan."""
 
 from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+from diffusers import CogVideoXPipeline, HunyuanVideoPipeline, WanImageToVideoPipeline, WanVACEPipeline
 
 from adamac import cli
 from adamac.attention import crossover
 from adamac.bakeoff.config import Config
-from adamac.bakeoff.doctor import examine
+from adamac.bakeoff.doctor import _check_sides, examine
+from adamac.bakeoff.errors import BadInput
 from adamac.integrations.diffusers.families import FAMILIES
 
 
@@ -56,3 +61,29 @@ def test_guidance_in_one_batch_counts_twice(monkeypatch, tiny_model):
 
 def test_cogvideox_computes_both_branches_in_one_batch_and_the_others_do_not():
     assert [family.name for family in FAMILIES if family.guidance_in_batch] == ["CogVideoX"]
+
+
+def test_sides_that_a_run_refuses_are_refused_in_the_same_words(tiny_model):
+    with pytest.raises(BadInput, match=r"refuses these settings .*divisible by 16 but are 65 and 64"):
+        examine(config(tiny_model, frames=7, height=65, width=64))
+
+
+@pytest.mark.parametrize(
+    "pipeline", [CogVideoXPipeline, HunyuanVideoPipeline, WanImageToVideoPipeline, WanVACEPipeline]
+)
+def test_sides_are_checked_by_every_family_and_what_else_a_call_wants_is_not(pipeline):
+    transformer = SimpleNamespace(config=SimpleNamespace(patch_size=(1, 2, 2)))
+    parts = {"transformer": transformer, "vae_scale_factor_spatial": 8, "_callback_tensor_inputs": []}
+    pipe = pipeline.__new__(pipeline)
+    vars(pipe).update(parts)
+    _check_sides(pipe, 64, 64)
+    if pipeline is not WanImageToVideoPipeline:  # which asks for its image first
+        with pytest.raises(BadInput, match="65"):
+            _check_sides(pipe, 65, 64)
+
+
+@pytest.mark.parametrize(("asked", "made"), [(7, 7), (8, 9), (6, 7)])
+def test_frames_are_those_that_a_run_makes(tiny_model, asked, made):
+    found = examine(config(tiny_model, frames=asked, height=64, width=64))
+    assert (found.size[0], found.tokens) == (made, (made // 2 + 1) * 256)
+    assert (f"{made} frames ({asked} are rounded to that)" in found.remark()) == (asked != made)

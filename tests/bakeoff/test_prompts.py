@@ -34,6 +34,10 @@ def test_json_lines_and_plain_lines_are_told_apart(tmp_path):
         (b"\xff\xfe\x00", "UTF-8"),
         (b'{"prompt": "a"}\n{"prompt"', "line 2 is not JSON"),
         (b'{"text": "a"}', 'no "prompt"'),
+        (
+            b'{"prompt": "a"}\n{"prompt": "b", "categry": "c"}',
+            "line 2 has an unknown key 'categry'; expected prompt, id, category alone",
+        ),
         (b'{"id": "x", "prompt": "a"}\n{"id": "x", "prompt": "b"}', "twice"),
         (b'{"id": "x/y", "prompt": "a"}\n{"id": "x y", "prompt": "b"}', "twice"),
     ],

@@ -10,6 +10,7 @@ import torch
 from play import config_of
 from torch._dynamo.testing import CompileCounter
 
+from adamac.attention import Schedule
 from adamac.bakeoff.arms import ARMS, Arm, choose_arms
 from adamac.bakeoff.config import RunDirectory
 from adamac.bakeoff.errors import BadInput
@@ -168,8 +169,15 @@ def test_a_run_in_progress_keeps_a_second_one_out(play, directory, progress):
         """Starts the same run again as soon as the first video of the first one is done."""
 
         def finished(self, row):
-            with pytest.raises(BadInput, match="another run is writing"):
-                run_bakeoff(config, directory, progress, resume=True)
+            before = files()
+            for resume in (True, False):
+                with pytest.raises(BadInput, match="another run is writing"):
+                    run_bakeoff(config, directory, progress, resume=resume)
+            assert progress.total is None  # refused before it began, with loading
+            assert files() == before
+
+    def files():
+        return {file: file.read_bytes() for file in directory.path.rglob("*") if file.is_file()}
 
     rows = run_bakeoff(config, directory, Second())
     assert [row.key for row in rows] == [row.key for row in read_rows(directory.rows)]
@@ -212,6 +220,34 @@ def test_a_foreign_directory_is_left_alone(play, tmp_path, progress):
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.txt"]
 
 
+def test_what_a_run_killed_before_it_began_leaves_is_no_run(play, directory, progress):
+    directory.path.mkdir()
+    for name in (".lock", "run.json.part"):
+        (directory.path / name).touch()
+    assert len(run_bakeoff(config_of("a ball"), directory, progress)) == 2
+
+
+def test_a_training_run_is_called_one_and_left_alone(play, directory, progress):
+    directory.path.mkdir()
+    directory.run.write_text('{"adamac": "0.1.0", "recipe": {}}')
+    for use in (lambda: run_bakeoff(config_of("a ball"), directory, progress), lambda: draw(directory)):
+        with pytest.raises(BadInput, match=r"holds a training run .* choose another directory"):
+            use()
+    assert [file.name for file in directory.path.iterdir()] == ["run.json"]
+
+
+def test_layers_that_the_model_has_not_are_refused_before_the_first_video(
+    tiny_model, directory, progress, monkeypatch
+):
+    monkeypatch.setattr("adamac.bakeoff.run.generate", lambda *_: pytest.fail("a video was begun"))
+    config = config_of(
+        "a ball", model=str(tiny_model), arms=("dense", "svg2"), schedule=Schedule(layers=(0, -3))
+    )
+    with pytest.raises(BadInput, match=r"dense_layers: .*layer -3, but there are 2 layers .*\(-2 to 1\)"):
+        run_bakeoff(config, directory, progress)
+    assert not directory.path.exists()
+
+
 def test_a_file_in_the_place_of_the_directory_is_refused(play, tmp_path, progress):
     (tmp_path / "file").touch()
     for path in (tmp_path / "file", tmp_path / "file" / "run"):
@@ -249,6 +285,8 @@ def test_unknown_and_repeated_arms_are_refused():
         {"fps": 0},
         {"seeds": ()},
         {"seeds": (1, 1)},
+        {"guidance": float("nan")},
+        {"guidance": float("inf")},
     ],
 )
 def test_settings_out_of_range_are_refused(changes):

@@ -84,13 +84,21 @@ def test_what_names_no_function_is_refused(text, message):
 )
 def test_a_function_that_is_not_there_or_fails_is_one_line(file, function, message):
     with pytest.raises(BadInput, match=message):
-        Setup.parse(f"{file}:{function}").make_ready(object())
+        Setup.parse(f"{file}:{function}").make_ready(object)
+
+
+def test_a_function_that_is_not_there_is_refused_before_the_model_is_loaded(
+    tiny_model, file, directory, progress, monkeypatch
+):
+    monkeypatch.setattr("adamac.bakeoff.run.load_pipeline", lambda *_, **__: pytest.fail("it was loaded"))
+    with pytest.raises(BadInput, match="has no function absent"):
+        run_bakeoff(config(tiny_model, Setup.parse(f"{file}:absent")), directory, progress)
 
 
 def test_a_file_that_is_no_python_is_one_line(file):
     file.write_text("def (")
     with pytest.raises(BadInput, match=r"mine\.py raised SyntaxError"):
-        Setup.parse(f"{file}:ready").make_ready(object())
+        Setup.parse(f"{file}:ready").make_ready(object)
 
 
 def test_the_command_takes_it_and_writes_nothing_when_it_fails(tiny_model, file, tmp_path, capsys):

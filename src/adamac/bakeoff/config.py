@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -22,6 +23,10 @@ REFERENCE = "dense"
 
 # The window of SSIM needs 11 pixels, and no video model makes sides below 16.
 _LEAST = {"steps": 1, "height": 16, "width": 16, "frames": 1, "fps": 1}
+
+# All that a run can leave of itself if it is killed before run.json is whole: nothing that is worth keeping.
+_LOCK = ".lock"
+_NOT_BEGUN = {_LOCK, "run.json.part"}
 
 
 class Case(NamedTuple):
@@ -76,6 +81,8 @@ class Config:
             number = getattr(self, name)
             if number is not None and number < least:
                 raise BadInput(f"{name} must be at least {least}, got {number}")
+        if self.guidance is not None and not math.isfinite(self.guidance):
+            raise BadInput(f"guidance must be a finite number, got {self.guidance}")
         if not self.seeds:
             raise BadInput("seeds: at least one is needed")
         if len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
@@ -135,6 +142,10 @@ class RunDirectory:
             run = json.loads(self.run.read_text(encoding="utf-8"))
         except (OSError, ValueError):  # bytes that are no text are a ValueError, too
             raise BadInput(f"{self.path} holds no run of adamac bakeoff (no readable run.json)") from None
+        if isinstance(run, dict) and "recipe" in run:
+            raise BadInput(
+                f"{self.path} holds a training run of adamac moe train, none of adamac bakeoff; choose another directory"
+            )
         if damage := _damage(run):
             raise BadInput(
                 f"{self.run} is damaged: {damage}; restore the file, or make the run again in another directory"
@@ -151,14 +162,20 @@ class RunDirectory:
             resume: Whether to go on with a run that is here already.
 
         Raises:
-            BadInput: If it cannot be written, holds another run or other files, or holds this one and ``resume`` is off.
+            BadInput: If it cannot be written, another run is writing into it, it holds another run or other files, or it
+                holds this one and ``resume`` is off.
         """
         nearest = next(parent for parent in (self.path, *self.path.absolute().parents) if parent.exists())
         try:
             tempfile.TemporaryDirectory(dir=nearest).cleanup()
         except OSError as error:
             raise BadInput(f"out: {self.path} cannot be written ({nearest}: {error.strerror})") from None
-        if not self.path.exists() or not any(self.path.iterdir()):
+        if not self.path.exists():
+            return
+        if (self.path / _LOCK).exists():
+            with self._locked():  # said now, not when the model was loaded
+                pass
+        if all(file.name in _NOT_BEGUN for file in self.path.iterdir()):
             return
         if not self.run.exists():
             raise BadInput(f"out: {self.path} is not empty and holds no run; choose another directory")
@@ -180,8 +197,13 @@ class RunDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise BadInput(f"out: {self.path} cannot be made ({error.strerror})") from None
+        with self._locked():
+            yield
+
+    @contextmanager
+    def _locked(self) -> Generator[None]:
         try:
-            with FileLock(self.path / ".lock", blocking=False):
+            with FileLock(self.path / _LOCK, blocking=False):
                 yield
         except Timeout:
             raise BadInput(

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from adamac.attention import Schedule, crossover
 from adamac.bakeoff.config import Config
-from adamac.bakeoff.errors import BadInput
+from adamac.bakeoff.errors import BadInput, one_line
 from adamac.bakeoff.pipelines import Pipeline, call_arguments, load_pipeline
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ class Examination:
         pipeline: Name of its class.
         findings: One for each attention module.
         size: Frames, height and width of the video in question; ``None`` where the model has no default.
+        asked_frames: Frames that were asked for, which the pipeline may round.
         tokens: Video tokens that such a video has; ``None`` if the size is not known.
         too_small: Why all of it would stay dense on this device; ``None`` if it would not, or if the size is not known.
         too_small_on_hopper: The same on an H100 or H200, where the device is none.
@@ -40,6 +41,7 @@ class Examination:
     pipeline: str
     findings: list[Finding]
     size: tuple[int | None, int | None, int | None]
+    asked_frames: int | None
     tokens: int | None
     too_small: str | None
     too_small_on_hopper: str | None
@@ -65,7 +67,8 @@ class Examination:
         if self.tokens is None:
             return f"{steps} Give --height, --width and --frames to learn how many tokens a video has."
         frames, height, width = self.size
-        size = f"A video of {frames} frames of {height} x {width} pixels has {self.tokens:,} tokens"
+        asked = f" ({self.asked_frames} are rounded to that)" if self.asked_frames != frames else ""
+        size = f"A video of {frames} frames{asked} of {height} x {width} pixels has {self.tokens:,} tokens"
         verdict = _verdict(self.too_small)
         if self.too_small_on_hopper != self.too_small:
             verdict += f". On an H100 or H200 {_verdict(self.too_small_on_hopper)}"
@@ -83,7 +86,7 @@ def examine(config: Config) -> Examination:
         config: Its model, device and size; the rest plays no part.
 
     Raises:
-        BadInput: If the model cannot be loaded or is of a family that cannot be made sparse.
+        BadInput: If the model cannot be loaded, is of a family that cannot be made sparse, or refuses the size.
     """
     from adamac.integrations.diffusers import UnsupportedModelError
     from adamac.integrations.diffusers import inspect as find
@@ -94,7 +97,9 @@ def examine(config: Config) -> Examination:
         findings = find(pipe)
     except UnsupportedModelError as error:
         raise BadInput(f"model: {error}") from None
-    size = _size(pipe, call_arguments(pipe, config))
+    asked_frames, height, width = _size(pipe, call_arguments(pipe, config))
+    _check_sides(pipe, height, width)
+    size = _frames_made(pipe, asked_frames), height, width
     tokens, schedule, shape = _tokens(pipe, *size), Schedule(), pipe.transformer.config
     branches = 2 if family_of(pipe.transformer).guidance_in_batch else 1  # as by default, with guidance
     heads, head_dim = branches * shape.num_attention_heads, shape.attention_head_dim
@@ -103,7 +108,7 @@ def examine(config: Config) -> Examination:
         small = on_hopper = schedule.too_small(tokens, heads, head_dim, torch.device(config.device))
         if not config.device.startswith("cuda"):
             on_hopper = small or crossover.too_little_work(tokens, heads, head_dim, _HOPPER)
-    return Examination(type(pipe).__name__, findings, size, tokens, small, on_hopper, schedule)
+    return Examination(type(pipe).__name__, findings, size, asked_frames, tokens, small, on_hopper, schedule)
 
 
 def _size(pipe: Pipeline, arguments: dict[str, Any]) -> tuple[int | None, int | None, int | None]:
@@ -112,6 +117,32 @@ def _size(pipe: Pipeline, arguments: dict[str, Any]) -> tuple[int | None, int | 
     sides = [arguments.get(name, defaults[name].default) for name in ("num_frames", "height", "width")]
     frames, height, width = (side if isinstance(side, int) else None for side in sides)
     return frames, height, width
+
+
+def _check_sides(pipe: Pipeline, height: int | None, width: int | None) -> None:
+    """Refuse sides that the pipeline refuses when it is called, in its own words."""
+    check = getattr(pipe, "check_inputs", None)
+    if check is None or height is None or width is None:
+        return
+    known = {"prompt": "a video", "height": height, "width": width}
+    names = inspect.signature(check).parameters
+    try:
+        check(**{name: known.get(name) for name in names})
+    except (
+        Exception
+    ) as error:  # of one that wants an image, too: that there is none says nothing of the sides
+        if "`height`" in str(error):
+            raise BadInput(f"the model refuses these settings ({one_line(error)})") from None
+
+
+def _frames_made(pipe: Pipeline, frames: int | None) -> int | None:
+    """Frames that a video has when so many are asked for."""
+    from adamac.integrations.diffusers.families import family_of
+
+    if frames is None or not family_of(pipe.transformer).rounds_frames:
+        return frames
+    factor = pipe.vae_scale_factor_temporal
+    return frames if frames % factor == 1 else frames // factor * factor + 1
 
 
 def _tokens(pipe: Pipeline, frames: int | None, height: int | None, width: int | None) -> int | None:

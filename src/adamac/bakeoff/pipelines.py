@@ -100,5 +100,20 @@ def _from_pretrained(model: str, dtype: torch.dtype) -> Pipeline:
         raise BadInput(f"model: {model} is neither a directory nor a hub id (owner/name)")
     try:
         return DiffusionPipeline.from_pretrained(model, torch_dtype=dtype)
+    except OSError as error:
+        # Diffusers, when it asked the hub in vain and then found nothing in the cache.
+        if directory.exists() or "not fully cached locally" not in str(error):
+            raise BadInput(f"model: {model} cannot be loaded ({one_line(error)})") from None
+        raise BadInput(
+            f"model: {model} is not in the local cache and {_hub_failed(error.__cause__)}"
+        ) from None
     except Exception as error:  # whatever a broken or missing model makes the loaders raise
         raise BadInput(f"model: {model} cannot be loaded ({one_line(error)})") from None
+
+
+def _hub_failed(cause: BaseException | None) -> str:
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if isinstance(cause, HfHubHTTPError):
+        return f"the hub refuses it ({one_line(cause)}); check the name and your access to it, or give a directory"
+    return "the hub cannot be reached; download it first, or give a directory"

@@ -10,6 +10,7 @@ from typing import Any
 
 from adamac.bakeoff.errors import BadInput
 
+_KEYS = ("prompt", "id", "category")
 # Categories in a default run: enough to see that they differ, few enough for a coffee break on a laptop.
 DEFAULT_CATEGORIES = 4
 
@@ -56,7 +57,7 @@ def choose_prompts(choice: str | None, model: str | None) -> tuple[Prompt, ...]:
 def read_prompts(path: Path) -> tuple[Prompt, ...]:
     """Read a file of prompts: JSON lines if its first line starts with a brace, plain lines otherwise.
 
-    A JSON line has ``prompt``, and may have ``id`` and ``category``. Empty lines and plain lines that start with ``#``
+    A JSON line has ``prompt``, and may have ``id`` and ``category``, and nothing else. Empty lines and plain lines that start with ``#``
     are skipped.
 
     Raises:
@@ -85,6 +86,10 @@ def _from_json(path: Path, number: int, line: str) -> Prompt:
         raise BadInput(f"prompts: {path}, line {number} is not JSON ({error.msg})") from None
     if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str) or not entry["prompt"].strip():
         raise BadInput(f'prompts: {path}, line {number} has no "prompt"')
+    if unknown := [key for key in entry if key not in _KEYS]:
+        raise BadInput(
+            f"prompts: {path}, line {number} has an unknown key {unknown[0]!r}; expected {', '.join(_KEYS)} alone"
+        )
     return _prompt(entry, f"p{number:03}")
 
 

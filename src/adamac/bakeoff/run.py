@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import shutil
 import traceback
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -143,7 +144,7 @@ class _BakeOff:
         asked = (self.config.model, self.config.device, self.config.dtype)
         if self.config.setup is None:
             return load_pipeline(*asked)
-        return self.config.setup.make_ready(load_pipeline(*asked, place=False))
+        return self.config.setup.make_ready(lambda: load_pipeline(*asked, place=False))
 
     def open_rows(self, about: dict[str, Any]) -> None:
         """Begin the files of a run, or those of one that goes on.
@@ -174,12 +175,19 @@ class _BakeOff:
         return list({arm.name: arm for _, arms in self.plan for arm in arms}.values())
 
     def _check_supported(self) -> None:
+        """Refuse what every sparse arm would fail at, video by video."""
         from adamac.integrations.diffusers import UnsupportedModelError, inspect
+        from adamac.integrations.diffusers.refusals import check_layers
 
         try:
-            inspect(self.pipe)
+            sparse = [finding.module for finding in inspect(self.pipe) if finding.sparse]
         except UnsupportedModelError as error:
             raise BadInput(f"model: {one_line(error)}") from None
+        layers = Counter(name.partition(".")[0] for name in sparse)  # of each transformer
+        try:
+            check_layers(self.config.schedule, max(layers.values(), default=0))
+        except ValueError as error:
+            raise BadInput(f"dense_layers: {error}") from None
 
     def _warm_up(self, arm: Arm) -> dict[str, Any]:
         """Make a short video that is thrown away, and say how long this first call took."""

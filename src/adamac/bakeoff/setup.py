@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import runpy
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,11 @@ class Setup:
             ) from None
         return cls(file, function, digest)
 
-    def make_ready(self, pipe: Any) -> Any:
-        """Call the function.
+    def make_ready(self, load: Callable[[], Any]) -> Any:
+        """Call the function with a pipeline.
+
+        Args:
+            load: Loads the pipeline; called only when the function was found.
 
         Raises:
             BadInput: If the file has no such function, or either of them fails.
@@ -56,6 +60,7 @@ class Setup:
             raise BadInput(f"setup: {self.file} raised {one_line(error)}") from error
         if not callable(function):
             raise BadInput(f"setup: {self.file} has no function {self.function}")
+        pipe = load()
         try:
             made = function(pipe)
         except Exception as error:

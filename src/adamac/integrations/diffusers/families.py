@@ -36,6 +36,8 @@ class Family:
             and the model discards what attention gives for it.
         guidance_in_batch: Whether its pipelines compute both branches of classifier-free guidance in one batch, so that a
             call has twice the heads.
+        rounds_frames: Whether its pipelines make one frame more than the next lower multiple of the VAE's factor if asked for
+            a number that is not one more than a multiple.
         split: How context parallelism cuts and joins the video tokens of its sequences, in diffusers' terms; empty where
             diffusers knows. Text is not cut.
         unsplit: Entries of the configuration, with the value at which the model reads positions within the sequence, so
@@ -50,6 +52,7 @@ class Family:
     frames_first: bool = False
     text_mask: str | None = None
     guidance_in_batch: bool = False
+    rounds_frames: bool = False
     split: dict[str, Any] = field(default_factory=dict)
     unsplit: dict[str, Any] = field(default_factory=dict)
 
@@ -89,6 +92,7 @@ FAMILIES = (
         self_attention=r"blocks\.\d+\.attn1",
         text="none",
         patch=("patch_size",),
+        rounds_frames=True,
     ),
     Family(
         name="HunyuanVideo",

@@ -38,7 +38,8 @@ def check_layers(schedule: Schedule, num_layers: int) -> None:
     """
     if unknown := [layer for layer in schedule.layers if not -num_layers <= layer < num_layers]:
         raise ValueError(
-            f"Schedule.layers names layer {unknown[0]}, but there are {num_layers} layers with self-attention"
+            f"Schedule.layers names layer {unknown[0]}, but there are {num_layers} layers with self-attention "
+            f"({-num_layers} to {num_layers - 1})"
         )
 
 
