@@ -7,6 +7,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from huggingface_hub.errors import HfHubHTTPError
 
 import adamac
 from adamac import cli
@@ -135,6 +136,11 @@ def files(folder) -> dict[str, bytes]:
         (["bakeoff", "--arms", "svg2", "svg2"], "twice"),
         (["bench", "attention", "--shapes", "wan-99b"], "unknown shape 'wan-99b'; known are tiny, "),
         (["bench", "attention", "--densities", "1.5"], "a density must be over 0 and at most 1, got 1.5"),
+        (["bench", "attention", "--shapes"], "shapes: expected one or more, got none"),
+        (["bench", "attention", "--densities"], "densities: expected one or more, got none"),
+        (["bench", "attention", "--heads", "3"], "heads must be at most 2 for tiny, got 3"),
+        (["bench", "attention", "--out", "full"], "out: rows cannot be appended to full (Is a directory)"),
+        (["bench", "attention", "--out", "empty.txt/a"], "out: rows cannot be appended to empty.txt/a"),
         (["bakeoff", "--prompts", "nowhere.jsonl"], "cannot read nowhere.jsonl"),
         (["bakeoff", "--prompts", "empty.txt"], "holds no prompt"),
         (["bakeoff", "--prompts", "no-model"], "cannot read no-model"),
@@ -150,6 +156,7 @@ def files(folder) -> dict[str, bytes]:
         (["bakeoff", "--prompts", "prompts.txt", "--min-tokens", "-1"], "min_tokens must be 0 or more"),
         (["bakeoff", "--prompts", "prompts.txt", "--keep", "0"], "keep"),
         (["bakeoff", "--prompts", "prompts.txt", "--keep", "nan"], "keep"),
+        (["bakeoff", "--prompts", "prompts.txt", "--guidance", "nan"], "guidance must be a finite number"),
         (["bakeoff", "--prompts", "prompts.txt", "--steps", "0"], "steps must be at least 1"),
         (["bakeoff", "--prompts", "prompts.txt", "--height", "-16"], "height must be at least 16"),
         (["bakeoff", "--prompts", "prompts.txt", "--frames", "0"], "frames must be at least 1"),
@@ -169,7 +176,10 @@ def files(folder) -> dict[str, bytes]:
         (["doctor", "../no/such/place"], "neither a directory nor a hub id"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2_and_changes_nothing(world, capsys, arguments, problem):
+def test_bad_input_is_one_line_and_exit_code_2_and_changes_nothing(
+    world, capsys, monkeypatch, arguments, problem
+):
+    monkeypatch.setattr("adamac.bench.run.compare", lambda *_, **__: pytest.fail("something was timed"))
     before = files(world)
     assert cli.main(arguments) == 2
     said = capsys.readouterr()
@@ -178,6 +188,28 @@ def test_bad_input_is_one_line_and_exit_code_2_and_changes_nothing(world, capsys
     assert "Traceback" not in said.out + said.err
     assert files(world) == before
     assert not (world / "out").exists()
+
+
+@pytest.mark.parametrize("command", [["doctor", "owner/name"], ["bakeoff", "--model", "owner/name"]])
+def test_a_hub_that_cannot_be_reached_is_one_line_with_the_remedy(world, capsys, monkeypatch, command):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert cli.main(command) == 2
+    line = "model: owner/name is not in the local cache and the hub cannot be reached; download it first, or give"
+    assert line in capsys.readouterr().err
+    assert not (world / "out").exists()
+
+
+def test_a_hub_that_has_no_such_model_is_told_from_one_that_cannot_be_reached(world, capsys, monkeypatch):
+    class Missing(HfHubHTTPError):
+        def __init__(self):
+            Exception.__init__(self, "404 Client Error\nfor url")
+
+    def asked(*_, **__):
+        raise Missing
+
+    monkeypatch.setattr("diffusers.pipelines.pipeline_utils.model_info", asked)
+    assert cli.main(["doctor", "owner/name"]) == 2
+    assert "the hub refuses it (Missing: 404 Client Error); check the name" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -256,6 +256,7 @@ def bench(options: Bench, console: Console) -> int:
             dtype=find_dtype(options.dtype, device),
             out=options.out,
             key_roots=options.key_roots,
+            told=lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True),
         )
     )
     show(rows, console)

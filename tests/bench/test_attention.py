@@ -8,6 +8,7 @@ import torch
 from adamac import cli
 from adamac.attention import AdaCluster
 from adamac.bench.attention import STAGES, Sparse, compare
+from adamac.bench.run import bench_attention
 from adamac.bench.shapes import SHAPES, draw, drift
 
 
@@ -87,4 +88,19 @@ def test_the_command_writes_rows_with_machine_and_shape(tmp_path, capsys):
     assert clusters["adamac 20% compensated"] == clusters["adamac 20%"] == 4 * 32
     assert clusters["adamac 20% compensated, keys 6 root N"] == 6 * 32
     assert all(row["shape"] == "tiny" and row["all_heads"] and row["torch"] for row in rows)
-    assert "one self-attention call" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert said.startswith("timing tiny: 1,024 tokens, 2 heads of 64\n")
+    assert "one self-attention call" in said
+
+
+def test_a_shape_is_named_before_it_is_timed(monkeypatch):
+    happened = []
+    monkeypatch.setattr("adamac.bench.run.compare", lambda shape, *_, **__: happened.append("timed") or [])
+    options = {"heads": 1, "rounds": 1, "device": "cpu", "dtype": torch.float32, "out": None}
+    list(bench_attention(("tiny", "wan-1.3b"), (0.2,), told=happened.append, **options))
+    assert [what.partition(":")[0] for what in happened] == [
+        "timing tiny",
+        "timed",
+        "timing wan-1.3b",
+        "timed",
+    ]

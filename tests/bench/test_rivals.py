@@ -50,6 +50,15 @@ def test_a_contender_that_cannot_run_says_why():
     assert all(isinstance(reason, str) and reason for reason in found.values())
 
 
+def test_a_kernel_that_is_missing_says_what_to_install(monkeypatch):
+    def missing(name):
+        raise ModuleNotFoundError(f"No module named {name!r}", name="flash_attn")
+
+    monkeypatch.setattr(rivals.importlib, "import_module", missing)
+    found = block_contenders(*attention_like(1, 2, 300, 64), 0.5)
+    assert "is for GPUs, is not installed; pip install 'adamac[flash4]'" in found["flash4 blocks 50%"]
+
+
 def test_a_k_means_that_is_missing_or_does_not_run_is_a_reason(monkeypatch, device):
     def missing(name):
         raise ImportError("no such")

@@ -126,7 +126,14 @@ def _compiled_flex() -> Callable[..., Any]:
 
 
 def _flash4(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks) -> Callable[[], Tensor]:
-    attend = importlib.import_module("flash_attn.cute").flash_attn_func
+    try:
+        attend = importlib.import_module("flash_attn.cute").flash_attn_func
+    except ModuleNotFoundError as error:
+        if error.name not in ("flash_attn", "flash_attn.cute"):
+            raise
+        raise ValueError(
+            "flash-attn-4, which is for GPUs, is not installed; pip install 'adamac[flash4]'"
+        ) from error
     tables_of = importlib.import_module("flash_attn.cute.block_sparsity").BlockSparseTensorsTorch
     if torch.cuda.get_device_capability(query.device)[0] not in (9, 10):
         raise ValueError("flash-attn-4 ignores block sparsity on this card")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ def bench_attention(
     dtype: torch.dtype,
     out: Path | None,
     key_roots: tuple[float, ...] = (),
+    told: Callable[[str], object] = lambda line: None,
 ) -> Iterator[dict[str, Any]]:
     """Time attention, dense and sparse, at shapes of real models.
 
@@ -40,13 +41,17 @@ def bench_attention(
         out: A file that rows are appended to, each as soon as its shape is done.
         key_roots: Further numbers of key clusters that compensated calls are timed with, as multiples of the root of the
             number of video tokens.
+        told: Told in a line what is timed next.
 
     Yields:
         Rows, with the machine, versions and commit they were measured on.
 
     Raises:
-        BadInput: If a shape is unknown, or a number is out of range.
+        BadInput: If a shape is unknown, a number is out of range or the file cannot be written; nothing is timed then.
     """
+    for what, given in (("shapes", shapes), ("densities", densities)):
+        if not given:
+            raise BadInput(f"{what}: expected one or more, got none")
     unknown = [name for name in shapes if name not in SHAPES]
     if unknown:
         raise BadInput(f"unknown shape {unknown[0]!r}; known are {', '.join(SHAPES)}")
@@ -54,6 +59,9 @@ def bench_attention(
         raise BadInput(f"rounds must be at least 1, got {rounds}")
     if heads is not None and heads < 1:
         raise BadInput(f"heads must be at least 1, got {heads}")
+    for name in shapes:
+        if heads is not None and heads > SHAPES[name].heads:
+            raise BadInput(f"heads must be at most {SHAPES[name].heads} for {name}, got {heads}")
     if bad := [density for density in densities if not 0 < density <= 1]:
         raise BadInput(f"a density must be over 0 and at most 1, got {bad[0]}")
     if bad := [roots for roots in key_roots if not 0.1 <= roots <= 100]:
@@ -63,6 +71,8 @@ def bench_attention(
     contenders += [Sparse(density, True, key_roots=roots) for density in densities for roots in key_roots]
     if len({each.name for each in contenders}) < len(contenders):
         raise BadInput(f"densities are told apart by whole per cents, got {', '.join(map(str, densities))}")
+    if out is not None:
+        _check_can_append(out)
     stamp = machine_stamp(device)
     for name in shapes:
         shape = SHAPES[name] if heads is None else replace(SHAPES[name], heads=heads)
@@ -78,12 +88,24 @@ def bench_attention(
             "dtype": str(dtype).removeprefix("torch."),
             "inputs": "clustered, drawn fresh each round; no model",
         }
+        told(f"timing {name}: {shape.tokens:,} tokens, {shape.heads} heads of {shape.head_dim}")
         for row in compare(
             shape, contenders, method=AdaCluster(), device=torch.device(device), dtype=dtype, rounds=rounds
         ):
             whole = facts | row | stamp
             if out is not None:
-                out.parent.mkdir(parents=True, exist_ok=True)
                 with out.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(whole) + "\n")
             yield whole
+
+
+def _check_can_append(out: Path) -> None:
+    """Refuse a file that rows cannot be appended to, before there are any to lose."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with out.open("a", encoding="utf-8"):
+            pass
+    except OSError as error:
+        raise BadInput(
+            f"out: rows cannot be appended to {out} ({error.strerror}); expected a file, choose another path"
+        ) from None
