@@ -48,7 +48,8 @@ class Advise:
         gated: Experts of three matrices (SwiGLU).
         shared_ffn: Inner width of an expert that all tokens take, on both sides.
         tokens: On each rank.
-        ranks: Over which the experts are spread; 8 if not given, with --measure those that take part.
+        ranks: Over which the experts are spread; if not given, with --measure those that take part, with --machine those
+            that the file was measured on, else 8.
         backward: Both passes, as in training.
         bandwidth: GB/s that a rank sends at in a collective, one way, within a node.
         latency: Microseconds of a collective.
@@ -96,7 +97,11 @@ def advise(options: Advise, console: Console) -> int:
         sides = _sides(options)
         if options.measure:
             return _measured(options, sides, console)
-        _tell(options, sides, _machine(options), options.ranks or _DEFAULT_RANKS, console)
+        machine = _machine(options)
+        ranks = options.ranks or _own_ranks(options, machine)
+        if options.machine is not None and options.ranks is None:
+            console.print(f"ranks: {ranks}, as the file has it; --ranks says otherwise", highlight=False)
+        _tell(options, sides, _linked(machine, options), ranks, console)
     return 0
 
 
@@ -284,9 +289,23 @@ def _sides(options: Advise) -> tuple[MoEConfig, MoEConfig]:
 def _machine(options: Advise) -> Machine:
     from adamac.moe.cost.machine import Machine
 
-    if options.machine is None:
-        return _given(options)
-    return _linked(Machine.load(options.machine), options)
+    return _given(options) if options.machine is None else Machine.load(options.machine)
+
+
+def _own_ranks(options: Advise, machine: Machine) -> int:
+    """On how many ranks a machine was measured; of one that was not, how many are assumed.
+
+    Raises:
+        BadInput: If it was measured on one, and what is between several is given.
+    """
+    if machine.ranks is not None or "all_to_all" in machine.costs:
+        return machine.ranks or _DEFAULT_RANKS
+    for name in ("bandwidth", "latency"):
+        if getattr(options, name) is not None:
+            raise BadInput(
+                f"--{name} needs --ranks: {options.machine} was measured on one rank, which sends nothing"
+            )
+    return 1
 
 
 def _given(options: Advise) -> Machine:

@@ -62,6 +62,12 @@ def test_measuring_writes_a_machine_that_can_be_asked_later(capsys, tmp_path, mo
     # A layer this small may be all host: then nothing is known of its own work, and nothing said.
     assert (f"{machine.whole:.2f} times the sum of its parts" in out) == (machine.whole != 1)
     assert "all_to_all" not in machine.costs  # one rank has no fabric to measure
+    out = said(capsys, *shape, "--machine", str(path))
+    assert "ranks: 1, as the file has it" in out
+    assert "(local)" in out
+    assert "assumed" not in out
+    assert cli.main(["advise", "moe", *shape, "--machine", str(path), "--bandwidth", "1"]) == 2
+    assert "--bandwidth needs --ranks: " in capsys.readouterr().err
     out = said(capsys, *shape, "--machine", str(path), "--ranks", "4")
     assert "assumed, not measured: all_to_all, all_gather, reduce_scatter" in out
     out = said(capsys, *shape, "--machine", str(path), "--ranks", "4", "--bandwidth", "1")
@@ -109,3 +115,6 @@ def test_a_measured_machine_says_where_its_collectives_hold(capsys, tmp_path):
     out = said(capsys, "--machine", str(tmp_path / "machine.json"), "--ranks", "4")
     assert "collectives were measured on 2 ranks and are taken to be the same on 4" in out
     assert "with an error of about 1%" in out
+    own = said(capsys, "--machine", str(tmp_path / "machine.json"))
+    assert "ranks: 2, as the file has it" in own
+    assert own.partition("\n")[2] == said(capsys, "--machine", str(tmp_path / "machine.json"), "--ranks", "2")

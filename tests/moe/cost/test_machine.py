@@ -26,7 +26,9 @@ def test_a_machine_survives_a_file(tmp_path):
         ("[]", "it has no costs"),
         ("{}", "it has no costs"),
         ('{"costs": {}, "name": "x"}', "this one lacks dense"),
-        ('{"costs": {"dense": 3}}', "not iterable"),
+        ('{"costs": {}}', "it has no name"),
+        ('{"costs": {"dense": 3}}', "an entry is unknown or of another kind"),
+        ('{"costs": {}, "name": "x", "size": 2}', "an entry is unknown or of another kind"),
     ],
 )
 def test_a_file_that_is_no_machine_is_refused(tmp_path, text, problem):

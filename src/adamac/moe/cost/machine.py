@@ -162,7 +162,7 @@ class Machine:
         """
         rest = dict(entries)
         costs = {kind: _from_json(dict(entry)) for kind, entry in rest.pop("costs").items()}
-        return cls(costs=costs, **rest)
+        return cls(rest.pop("name"), costs, **rest)
 
     def describe(self) -> list[tuple[str, str, str, str, str, str]]:
         """Rows for a table: operation, overhead, FLOP rate, bandwidth, source, error of the fit."""
@@ -242,7 +242,11 @@ def machine_of(
 def _problem(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
         return "it is no JSON"
-    return f"it has no {error.args[0]}" if isinstance(error, KeyError) else str(error)
+    if isinstance(error, KeyError):
+        return f"it has no {error.args[0]}"
+    if isinstance(error, TypeError | AttributeError):  # worded for who wrote the code, not the file
+        return "an entry is unknown or of another kind"
+    return str(error)
 
 
 def _to_json(cost: Cost) -> dict[str, Any]:
