@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from masks import exact_pairs, valid_tokens
 
-from adamac.attention import Layout, Plan, attend
+from adamac.attention import AdaCluster, Layout, Plan, attend
 from adamac.attention.attend import _masked_dense_attention, with_text
 from adamac.testing import assert_within_error_budget, attention_like, eager_cluster_attention, fake_plan
 
@@ -178,6 +178,12 @@ def test_a_plan_for_other_tensors_is_refused(tensors):
     elsewhere = [tensor.to("meta") for tensor in tensors]
     with pytest.raises(ValueError, match=r"plan is on .* but query is on meta; make the plan from the same"):
         attend(*elsewhere, plan)
+
+
+@pytest.mark.parametrize("plan", [None, "dense", AdaCluster()])
+def test_what_is_no_plan_is_refused(tensors, plan):
+    with pytest.raises(ValueError, match=f"plan must be a Plan, .* got {type(plan).__name__}$"):
+        attend(*tensors, plan)
 
 
 @pytest.mark.parametrize("dense", [True, False])

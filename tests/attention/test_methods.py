@@ -77,6 +77,13 @@ def test_plans_keep_every_invariant_at_the_first_step_and_the_next(method, layou
         assert (each.reads.sum(-1) > 0)[each.queries.counts > 0].all()
 
 
+@pytest.mark.parametrize("name", ["adacluster", "svg2", "sparsed", "oracle"])
+def test_what_is_no_former_plan_is_refused(name):
+    query, key, _ = attention_like(1, 2, 130, 16)
+    with pytest.raises(ValueError, match=r"previous must be the Plan of this layer's last step, .* got str"):
+        METHODS[name](query, key, previous="x")
+
+
 def test_plans_are_carried_out_within_the_error_budget(method, layout):
     tensors = attention_like(2, 3, 130, 16)
     plan = method(*tensors[:2], layout=layout)

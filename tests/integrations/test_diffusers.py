@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
@@ -544,6 +545,14 @@ def test_enabling_twice_is_refused_and_changes_nothing():
             enable(pipe, SMALL, ALWAYS)
         run_wan(pipe, steps=1)
         assert handle.report().sparse_calls == 4
+
+
+def test_copying_what_is_enabled_is_refused_and_what_was_disabled_is_copied(family):
+    pipe = family[0]
+    with enable(pipe, SMALL, ALWAYS), pytest.raises(TypeError, match=r"cannot be copied; call disable\(\)"):
+        copy.deepcopy(pipe.transformer)
+    with enable(copy.deepcopy(pipe.transformer), SMALL, ALWAYS, num_steps=4):
+        pass
 
 
 def test_a_back_end_that_cannot_be_reached_is_refused():

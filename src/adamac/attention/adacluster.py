@@ -30,6 +30,7 @@ from adamac.attention.agree import largest, total
 from adamac.attention.cluster import (
     as_clusters,
     check_counts,
+    check_previous,
     cluster_tokens,
     refine,
     regroup,
@@ -152,6 +153,7 @@ class AdaCluster:
         """
         layout = layout or Layout.video_only(query.shape[-2])
         check_attention_inputs(query, key, layout)
+        check_previous(previous)
         if previous is not None and previous.is_dense and previous.layout.same_shape(layout):
             return Plan.dense(layout, previous.dense_reason or "")
         previous = usable(previous, query, layout)

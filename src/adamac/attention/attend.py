@@ -70,8 +70,12 @@ def attend(
         float32 (float64 for float64), ``-inf`` for padded rows.
 
     Raises:
-        ValueError: If the tensors do not fit each other or the plan.
+        ValueError: If the tensors do not fit each other or the plan, or the plan is none.
     """
+    if not isinstance(plan, Plan):
+        raise ValueError(
+            f"plan must be a Plan, as AdaCluster()(query, key) makes one, got {type(plan).__name__}"
+        )
     check_attention_inputs(query, key, plan.layout, value)
     resolve(impl)  # a dense plan has no use for it, but a wrong name is refused all the same
     scale = query.shape[-1] ** -0.5 if scale is None else scale

@@ -127,6 +127,11 @@ class Handle:
     ) -> None:
         self.disable()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Handle:
+        raise TypeError(
+            "a transformer that adamac is enabled on cannot be copied; call disable() on its handle first, then enable both"
+        )
+
     def report(self, *, all_ranks: bool = False) -> Report:
         """Say what happened since the handle was made or cleared. Waits for the device.
 
