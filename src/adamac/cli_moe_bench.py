@@ -53,9 +53,12 @@ class MoeBench:
 
 def moe_bench(options: MoeBench, console: Console) -> int:
     """Check, time and print; the exit code is 1 if a layer computed something wrong."""
+    from adamac.bench.run import check_can_append
     from adamac.moe.lm.world import World
 
     _check(options)
+    if options.out is not None:
+        check_can_append(options.out)
     world = World.join(options.device)
     console = console if world.first else Console(quiet=True)
     try:
@@ -110,8 +113,6 @@ def _check(options: MoeBench) -> None:
             raise BadInput(f"{name} must be at least {2 if name == 'rounds' else 1}, got {value}")
     if not options.preset:
         raise BadInput("preset: expected one or more shapes, got none")
-    if options.out is not None and options.out.is_dir():
-        raise BadInput(f"out: expected a file for rows, got the directory {options.out}; name a file in it")
     if options.dtype not in ("auto", *_DTYPES):
         raise BadInput(f"dtype must be auto, {', '.join(_DTYPES)}, got {options.dtype!r}")
 
@@ -152,7 +153,6 @@ def _write(options: MoeBench, ranks: int, device: str, timed: list[Timed]) -> No
     from adamac.bakeoff.machine import machine_stamp
 
     assert options.out is not None
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     stamp = {"benchmark": "moe_bench", "ranks": ranks, **machine_stamp(device)}
     shape = {
         name: getattr(options, name) for name in ("hidden", "experts", "top_k", "ratio", "tokens", "dtype")

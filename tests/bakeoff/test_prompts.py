@@ -1,5 +1,8 @@
+from pathlib import Path
+
 import pytest
 
+from adamac import embedded
 from adamac.bakeoff.errors import BadInput
 from adamac.bakeoff.prompts import choose_prompts, read_prompts
 
@@ -12,6 +15,11 @@ def test_a_default_run_has_four_categories():
 def test_all_means_every_prompt_that_ships():
     chosen = choose_prompts(None, "some/model")
     assert set(chosen) < set(choose_prompts("all", "some/model"))
+
+
+def test_the_prompts_that_ship_can_be_given_as_a_file():
+    shipped = read_prompts(Path(embedded.__file__).parent / "prompts.jsonl")
+    assert [prompt.text for prompt in shipped] == [entry["prompt"] for entry in embedded.prompts()]
 
 
 def test_json_lines_and_plain_lines_are_told_apart(tmp_path):
@@ -36,7 +44,7 @@ def test_json_lines_and_plain_lines_are_told_apart(tmp_path):
         (b'{"text": "a"}', 'no "prompt"'),
         (
             b'{"prompt": "a"}\n{"prompt": "b", "categry": "c"}',
-            "line 2 has an unknown key 'categry'; expected prompt, id, category alone",
+            "line 2 has an unknown key 'categry'; expected prompt, id, category, expect alone",
         ),
         (b'{"id": "x", "prompt": "a"}\n{"id": "x", "prompt": "b"}', "twice"),
         (b'{"id": "x/y", "prompt": "a"}\n{"id": "x y", "prompt": "b"}', "twice"),

@@ -79,7 +79,10 @@ def test_a_layer_that_errs_is_not_timed(capsys, monkeypatch):
         (("--preset", "biggermac"), "biggermac"),
         (("--top-k", "9"), "top_k"),
         (("--ratio", "1.5"), "ratio must lie in (0, 1]; got 1.5"),
-        (("--out", "."), "out: expected a file for rows, got the directory .; name a file in it"),
+        (
+            ("--out", "."),
+            "out: rows cannot be appended to . (Is a directory); expected a file, choose another path",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(capsys, arguments, line):

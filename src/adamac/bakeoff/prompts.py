@@ -10,7 +10,8 @@ from typing import Any
 
 from adamac.bakeoff.errors import BadInput
 
-_KEYS = ("prompt", "id", "category")
+# The last is for whoever judges the videos: what is to be seen. It is not read here.
+_KEYS = ("prompt", "id", "category", "expect")
 # Categories in a default run: enough to see that they differ, few enough for a coffee break on a laptop.
 DEFAULT_CATEGORIES = 4
 
@@ -57,8 +58,8 @@ def choose_prompts(choice: str | None, model: str | None) -> tuple[Prompt, ...]:
 def read_prompts(path: Path) -> tuple[Prompt, ...]:
     """Read a file of prompts: JSON lines if its first line starts with a brace, plain lines otherwise.
 
-    A JSON line has ``prompt``, and may have ``id`` and ``category``, and nothing else. Empty lines and plain lines that start with ``#``
-    are skipped.
+    A JSON line has ``prompt``, and may have ``id``, ``category`` and ``expect`` (what is to be seen; it is not read), and nothing
+    else. Empty lines and plain lines that start with ``#`` are skipped.
 
     Raises:
         BadInput: If there is nothing to read, or a line is not a prompt.

@@ -72,7 +72,7 @@ def bench_attention(
     if len({each.name for each in contenders}) < len(contenders):
         raise BadInput(f"densities are told apart by whole per cents, got {', '.join(map(str, densities))}")
     if out is not None:
-        _check_can_append(out)
+        check_can_append(out)
     stamp = machine_stamp(device)
     for name in shapes:
         shape = SHAPES[name] if heads is None else replace(SHAPES[name], heads=heads)
@@ -99,8 +99,12 @@ def bench_attention(
             yield whole
 
 
-def _check_can_append(out: Path) -> None:
-    """Refuse a file that rows cannot be appended to, before there are any to lose."""
+def check_can_append(out: Path) -> None:
+    """Refuse a file that rows cannot be appended to, before there are any to lose.
+
+    Raises:
+        BadInput: Saying why.
+    """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with out.open("a", encoding="utf-8"):
