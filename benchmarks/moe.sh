@@ -48,10 +48,10 @@ prepare(Path('$corpus'), [Path('${TEXT:?a folder of text files}')], vocab=8192)"
 # Constants are fitted on two ranks, and say what 2, 4 and 8 take before that is timed; then training steps. On eight GPUs a fabric
 # takes up to 580 s: FABRICS=nvlink LIMIT=590 and FABRICS=shm LIMIT=590 are two calls.
 scaling() {
-  local fabric file ranks gpus=${GPUS:-$(python3 -c "import torch; print(torch.cuda.device_count())")}
+  local fabric file ranks gpus=${GPUS:-$([ -n "${REHEARSE:-}" ] && echo 2 || python3 -c "import torch; print(torch.cuda.device_count())")}
   (( gpus < 2 )) && { echo "scaling: needs two GPUs, there are $gpus"; return; }
   for fabric in ${FABRICS:-nvlink shm}; do
-    file=$OUT/machine_$fabric.json
+    file=$OUT/machine_$fabric.json; rm -f "$file"
     part "constants $fabric" 70 env NCCL_P2P_DISABLE=$([ "$fabric" = shm ] && echo 1 || echo 0) \
       python3 -m torch.distributed.run --standalone --nproc-per-node 2 -m adamac.cli advise moe --measure --device $DEVICE --out "$file"
     for ranks in 2 4 8; do

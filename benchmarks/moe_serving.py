@@ -35,6 +35,7 @@ def section(rows: list[Row], earlier: list[Row]) -> str:
 def decode_words(rows: list[Row], earlier: list[Row]) -> str:
     """What a decoded token waits for, and what it takes if nothing waits."""
     growing, captured = (_whole(steps(rows, captured=way)) for way in (False, True))
+    captured = {key: row for key, row in captured.items() if key in growing}
     if not captured:
         return "No captured step was reached in time."
     gains = [growing[key]["p50_ms"] / row["p50_ms"] for key, row in captured.items()]

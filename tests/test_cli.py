@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from huggingface_hub.errors import HfHubHTTPError
@@ -139,7 +140,7 @@ def files(folder) -> dict[str, bytes]:
         (["bench", "attention", "--shapes"], "shapes: expected one or more, got none"),
         (["bench", "attention", "--densities"], "densities: expected one or more, got none"),
         (["bench", "attention", "--heads", "3"], "heads must be at most 2 for tiny, got 3"),
-        (["bench", "attention", "--out", "full"], "out: rows cannot be appended to full (Is a directory)"),
+        (["bench", "attention", "--out", "full"], "out: rows cannot be appended to full (it is a directory)"),
         (["bench", "attention", "--out", "empty.txt/a"], "out: rows cannot be appended to empty.txt/a"),
         (["bakeoff", "--prompts", "nowhere.jsonl"], "cannot read nowhere.jsonl"),
         (["bakeoff", "--prompts", "empty.txt"], "holds no prompt"),
@@ -199,17 +200,27 @@ def test_a_hub_that_cannot_be_reached_is_one_line_with_the_remedy(world, capsys,
     assert not (world / "out").exists()
 
 
-def test_a_hub_that_has_no_such_model_is_told_from_one_that_cannot_be_reached(world, capsys, monkeypatch):
-    class Missing(HfHubHTTPError):
+@pytest.mark.parametrize(
+    ("code", "line"),
+    [
+        (404, "the hub refuses it (Answer: 404 of it); check the name"),
+        (503, "the hub cannot be reached; download it first"),
+    ],
+)
+def test_a_hub_that_has_no_such_model_is_told_from_one_that_cannot_be_reached(
+    world, capsys, monkeypatch, code, line
+):
+    class Answer(HfHubHTTPError):
         def __init__(self):
-            Exception.__init__(self, "404 Client Error\nfor url")
+            Exception.__init__(self, f"{code} of it\nfor url")
+            self.response = SimpleNamespace(status_code=code, headers={})
 
     def asked(*_, **__):
-        raise Missing
+        raise Answer
 
     monkeypatch.setattr("diffusers.pipelines.pipeline_utils.model_info", asked)
     assert cli.main(["doctor", "owner/name"]) == 2
-    assert "the hub refuses it (Missing: 404 Client Error); check the name" in capsys.readouterr().err
+    assert line in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,8 @@ def advise(options: Advise, console: Console) -> int:
         machine = _machine(options)
         ranks = options.ranks or _own_ranks(options, machine)
         if options.machine is not None and options.ranks is None:
-            console.print(f"ranks: {ranks}, as the file has it; --ranks says otherwise", highlight=False)
+            whose = "assumed" if machine.ranks is None and ranks > 1 else "as the file has it"
+            console.print(f"ranks: {ranks}, {whose}; --ranks says otherwise", highlight=False)
         _tell(options, sides, _linked(machine, options), ranks, console)
     return 0
 
@@ -300,8 +301,9 @@ def _own_ranks(options: Advise, machine: Machine) -> int:
     """
     if machine.ranks is not None or "all_to_all" in machine.costs:
         return machine.ranks or _DEFAULT_RANKS
-    for name in ("bandwidth", "latency"):
-        if getattr(options, name) is not None:
+    asked = {name: getattr(options, name) is not None for name in ("bandwidth", "latency")}
+    for name, given in (asked | {"nodes": options.nodes > 1}).items():
+        if given:
             raise BadInput(
                 f"--{name} needs --ranks: {options.machine} was measured on one rank, which sends nothing"
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,11 +54,11 @@ class MoeBench:
 
 def moe_bench(options: MoeBench, console: Console) -> int:
     """Check, time and print; the exit code is 1 if a layer computed something wrong."""
-    from adamac.bench.run import check_can_append
+    from adamac.bench.rows_file import check_can_append
     from adamac.moe.lm.world import World
 
     _check(options)
-    if options.out is not None:
+    if options.out is not None and os.environ.get("RANK", "0") == "0":  # who writes
         check_can_append(options.out)
     world = World.join(options.device)
     console = console if world.first else Console(quiet=True)
@@ -153,6 +154,7 @@ def _write(options: MoeBench, ranks: int, device: str, timed: list[Timed]) -> No
     from adamac.bakeoff.machine import machine_stamp
 
     assert options.out is not None
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     stamp = {"benchmark": "moe_bench", "ranks": ranks, **machine_stamp(device)}
     shape = {
         name: getattr(options, name) for name in ("hidden", "experts", "top_k", "ratio", "tokens", "dtype")

@@ -68,6 +68,9 @@ def test_measuring_writes_a_machine_that_can_be_asked_later(capsys, tmp_path, mo
     assert "assumed" not in out
     assert cli.main(["advise", "moe", *shape, "--machine", str(path), "--bandwidth", "1"]) == 2
     assert "--bandwidth needs --ranks: " in capsys.readouterr().err
+    nodes = ["--nodes", "2", "--node-bandwidth", "25"]
+    assert cli.main(["advise", "moe", *shape, "--machine", str(path), *nodes]) == 2
+    assert "--nodes needs --ranks: " in capsys.readouterr().err
     out = said(capsys, *shape, "--machine", str(path), "--ranks", "4")
     assert "assumed, not measured: all_to_all, all_gather, reduce_scatter" in out
     out = said(capsys, *shape, "--machine", str(path), "--ranks", "4", "--bandwidth", "1")

@@ -44,7 +44,7 @@ def test_json_lines_and_plain_lines_are_told_apart(tmp_path):
         (b'{"text": "a"}', 'no "prompt"'),
         (
             b'{"prompt": "a"}\n{"prompt": "b", "categry": "c"}',
-            "line 2 has an unknown key 'categry'; expected prompt, id, category, expect alone",
+            "line 2 has a key 'categry'; did you mean category?",
         ),
         (b'{"id": "x", "prompt": "a"}\n{"id": "x", "prompt": "b"}', "twice"),
         (b'{"id": "x/y", "prompt": "a"}\n{"id": "x y", "prompt": "b"}', "twice"),

@@ -54,3 +54,4 @@ def test_a_model_whose_captured_steps_are_missing_is_named():
 def test_what_one_side_alone_came_to_is_not_compared():
     assert decode_words([*GROWN, *WAITING], GROWN) == "No captured step was reached in time."
     assert decode_words([*GROWN, CAPTURED[0]], GROWN) == "No captured step was reached in time."
+    assert decode_words([GROWN[0], *CAPTURED], GROWN) == "No captured step was reached in time."

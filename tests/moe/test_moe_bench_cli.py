@@ -81,7 +81,7 @@ def test_a_layer_that_errs_is_not_timed(capsys, monkeypatch):
         (("--ratio", "1.5"), "ratio must lie in (0, 1]; got 1.5"),
         (
             ("--out", "."),
-            "out: rows cannot be appended to . (Is a directory); expected a file, choose another path",
+            "out: rows cannot be appended to . (it is a directory); expected a file, choose another path",
         ),
     ],
 )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from PIL import Image
 from rich.table import Table
 
 from adamac.attention import Schedule, crossover
@@ -114,7 +115,8 @@ def examine(config: Config) -> Examination:
 def _size(pipe: Pipeline, arguments: dict[str, Any]) -> tuple[int | None, int | None, int | None]:
     """Frames, height and width that a call would have."""
     defaults = inspect.signature(pipe.__call__).parameters
-    sides = [arguments.get(name, defaults[name].default) for name in ("num_frames", "height", "width")]
+    known = {name: parameter.default for name, parameter in defaults.items()} | arguments
+    sides = [known.get(name) for name in ("num_frames", "height", "width")]
     frames, height, width = (side if isinstance(side, int) else None for side in sides)
     return frames, height, width
 
@@ -124,13 +126,11 @@ def _check_sides(pipe: Pipeline, height: int | None, width: int | None) -> None:
     check = getattr(pipe, "check_inputs", None)
     if check is None or height is None or width is None:
         return
-    known = {"prompt": "a video", "height": height, "width": width}
+    known = {"prompt": "a video", "image": Image.new("RGB", (16, 16)), "height": height, "width": width}
     names = inspect.signature(check).parameters
     try:
         check(**{name: known.get(name) for name in names})
-    except (
-        Exception
-    ) as error:  # of one that wants an image, too: that there is none says nothing of the sides
+    except Exception as error:  # what else a call wants says nothing of the sides
         if "`height`" in str(error):
             raise BadInput(f"the model refuses these settings ({one_line(error)})") from None
 

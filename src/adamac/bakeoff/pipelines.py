@@ -114,6 +114,6 @@ def _from_pretrained(model: str, dtype: torch.dtype) -> Pipeline:
 def _hub_failed(cause: BaseException | None) -> str:
     from huggingface_hub.errors import HfHubHTTPError
 
-    if isinstance(cause, HfHubHTTPError):
+    if isinstance(cause, HfHubHTTPError) and cause.response.status_code in (401, 403, 404):
         return f"the hub refuses it ({one_line(cause)}); check the name and your access to it, or give a directory"
     return "the hub cannot be reached; download it first, or give a directory"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from dataclasses import dataclass
@@ -10,8 +11,19 @@ from typing import Any
 
 from adamac.bakeoff.errors import BadInput
 
-# The last is for whoever judges the videos: what is to be seen. It is not read here.
-_KEYS = ("prompt", "id", "category", "expect")
+_KEYS = ("prompt", "id", "category")
+# What would change a video if it were read.
+_CHANGES = (
+    "seed",
+    "seeds",
+    "negative_prompt",
+    "guidance",
+    "guidance_scale",
+    "steps",
+    "height",
+    "width",
+    "frames",
+)
 # Categories in a default run: enough to see that they differ, few enough for a coffee break on a laptop.
 DEFAULT_CATEGORIES = 4
 
@@ -58,8 +70,8 @@ def choose_prompts(choice: str | None, model: str | None) -> tuple[Prompt, ...]:
 def read_prompts(path: Path) -> tuple[Prompt, ...]:
     """Read a file of prompts: JSON lines if its first line starts with a brace, plain lines otherwise.
 
-    A JSON line has ``prompt``, and may have ``id``, ``category`` and ``expect`` (what is to be seen; it is not read), and nothing
-    else. Empty lines and plain lines that start with ``#`` are skipped.
+    A JSON line has ``prompt``, and may have ``id`` and ``category``. Other keys are not read; one that looks like a slip of
+    these, or that would change the video, is refused. Empty lines and plain lines that start with ``#`` are skipped.
 
     Raises:
         BadInput: If there is nothing to read, or a line is not a prompt.
@@ -87,10 +99,14 @@ def _from_json(path: Path, number: int, line: str) -> Prompt:
         raise BadInput(f"prompts: {path}, line {number} is not JSON ({error.msg})") from None
     if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str) or not entry["prompt"].strip():
         raise BadInput(f'prompts: {path}, line {number} has no "prompt"')
-    if unknown := [key for key in entry if key not in _KEYS]:
-        raise BadInput(
-            f"prompts: {path}, line {number} has an unknown key {unknown[0]!r}; expected {', '.join(_KEYS)} alone"
-        )
+    for key in entry.keys() - set(_KEYS):
+        if meant := difflib.get_close_matches(key, _KEYS, 1, 0.75):
+            raise BadInput(f"prompts: {path}, line {number} has a key {key!r}; did you mean {meant[0]}?")
+        if key in _CHANGES:
+            raise BadInput(
+                f"prompts: {path}, line {number} has a {key}, which is not of a prompt here; remove it, "
+                "all prompts are made alike"
+            )
     return _prompt(entry, f"p{number:03}")
 
 

@@ -14,6 +14,7 @@ from adamac.attention import AdaCluster
 from adamac.bakeoff.errors import BadInput
 from adamac.bakeoff.machine import machine_stamp
 from adamac.bench.attention import Sparse, compare
+from adamac.bench.rows_file import check_can_append
 from adamac.bench.shapes import SHAPES
 
 
@@ -94,22 +95,7 @@ def bench_attention(
         ):
             whole = facts | row | stamp
             if out is not None:
+                out.parent.mkdir(parents=True, exist_ok=True)
                 with out.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(whole) + "\n")
             yield whole
-
-
-def check_can_append(out: Path) -> None:
-    """Refuse a file that rows cannot be appended to, before there are any to lose.
-
-    Raises:
-        BadInput: Saying why.
-    """
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with out.open("a", encoding="utf-8"):
-            pass
-    except OSError as error:
-        raise BadInput(
-            f"out: rows cannot be appended to {out} ({error.strerror}); expected a file, choose another path"
-        ) from None

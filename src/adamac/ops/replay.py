@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 WARMUP = 3
 """Plain calls before recording, in which kernels are compiled and chosen."""
 
-_RECORDING = threading.Lock()  # recordings share a stream, and what else ran on it would be recorded
+_RECORDING = threading.RLock()  # recordings share a stream, and what else ran on it would be recorded
 
 
 class Replayed:
@@ -28,7 +28,8 @@ class Replayed:
     What it returns is overwritten by the next call of the same shapes. The function must not wait for
     the device, and whatever else it reads must stay where it is in memory; what it writes beside its value
     it writes several times before the first recording. One that cannot be recorded is called plainly from
-    then on: a slow run is better than none. One thread records at a time, and others may work meanwhile.
+    then on: a slow run is better than none. One thread records at a time; others may work meanwhile, but neither draw
+    from the device's own random generator nor wait for the whole device.
 
     Attributes:
         problem: Why calls are plain on a GPU, in a line; empty as long as nothing went wrong.
@@ -51,15 +52,8 @@ class Replayed:
         shapes = tuple(tensor.shape for tensor in inputs)
         with torch.cuda.device_of(inputs[0]):  # streams are those of the current device
             if shapes not in self._recorded:
-                stream, pool = torch.cuda.current_stream(), torch.cuda.graph_pool_handle()
-                try:
-                    with _RECORDING:
-                        self._recorded[shapes] = self._record(inputs, pool)
-                except RuntimeError as error:
-                    logger.warning("recording failed for %s; going on unrecorded", shapes, exc_info=True)
-                    self._give_up(stream, pool)
-                    said = str(error).splitlines() or [""]
-                    self.problem = f"recording failed: {type(error).__name__}: {said[0]}"
+                with _RECORDING:
+                    self._try_to_record(shapes, inputs)
             if self.problem:
                 return self._function(*inputs)
             graph, places, outputs = self._recorded[shapes]
@@ -67,6 +61,16 @@ class Replayed:
                 place.copy_(tensor)
             graph.replay()
             return outputs
+
+    def _try_to_record(self, shapes: tuple, inputs: tuple[torch.Tensor, ...]) -> None:
+        stream, pool = torch.cuda.current_stream(), torch.cuda.graph_pool_handle()
+        try:
+            self._recorded[shapes] = self._record(inputs, pool)
+        except RuntimeError as error:
+            logger.warning("recording failed for %s; going on unrecorded", shapes, exc_info=True)
+            self._give_up(stream, pool)
+            said = str(error).splitlines() or [""]
+            self.problem = f"recording failed: {type(error).__name__}: {said[0]}"
 
     def _record(self, inputs: tuple[torch.Tensor, ...], pool: torch.cuda._POOL_HANDLE) -> tuple:
         places = [tensor.clone() for tensor in inputs]

@@ -90,7 +90,28 @@ def test_a_step_that_is_not_recorded_attends_to_what_was_read_alone(device):
     assert widths == [7] * CONFIG.layers + [8] * CONFIG.layers
 
 
-def test_a_text_in_half_precision_begins_alike_however_many_tokens_are_asked_for():
+def test_a_step_that_failed_can_be_tried_again():
+    gpt, broken = model(), []
+
+    def breaks_once(logits, read):
+        if int(read) == 10 and not broken:
+            broken.append(True)
+            raise MemoryError
+        return logits.argmax(-1)
+
+    decoder = Decoder(gpt, *begun(gpt, PROMPTS, 9), breaks_once, tokens=9)
+    added = []
+    while len(added) < 9:
+        try:
+            added.append(decoder.step())
+        except MemoryError:
+            continue
+    whole = Decoder(gpt, *begun(gpt, PROMPTS, 9), likeliest, tokens=9)
+    assert torch.equal(torch.stack(added), torch.stack([whole.step() for _ in range(9)]))
+    assert broken
+
+
+def test_a_text_in_half_precision_begins_alike_by_steps_that_are_not_recorded_however_many_are_asked_for():
     experts = preset("bigmac", 64, 8, 2)
     gpt = model(GPTConfig(vocab=500, layers=2, heads=2, hidden=64, context=300, moe=experts)).bfloat16()
     for first in range(4):

@@ -44,7 +44,7 @@ def test_files_are_found_in_the_order_of_their_names_and_may_be_compressed(tmp_p
         ("missing.txt", None, "no such file"),
         ("empty", "folder", "holds no text"),
         ("torn.txt.xz", "bytes", "cannot read"),
-        ("weights.bin", "zeros", "is no UTF-8 text: it has zero bytes"),
+        ("weights.bin", "zeros", "has zero bytes and looks binary; remove it"),
     ],
 )
 def test_what_cannot_be_read_is_named(tmp_path, name, content, problem):

@@ -186,14 +186,9 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     beside = (directory, directory.parent.parent)  # a checkpoint is two levels down
     files = [folder / "tokenizer.json" for folder in beside if (folder / "tokenizer.json").is_file()]
     if not files:
-        found = (
-            "holds no tokenizer"
-            if directory.is_dir()
-            else "is a file"
-            if directory.exists()
-            else "does not exist"
+        raise ValueError(
+            f"{directory} {_lacking(directory)}: expected a directory given to adamac moe train as --out"
         )
-        raise ValueError(f"{directory} {found}: expected a directory given to adamac moe train as --out")
     return Tokenizer.load(files[0])
 
 
@@ -215,10 +210,18 @@ def is_bake_off(about: Path) -> bool:
     return isinstance(values, dict) and "config" in values and "recipe" not in values
 
 
+def _lacking(directory: Path) -> str:
+    if not directory.exists():
+        return "does not exist"
+    return "holds no tokenizer" if directory.is_dir() else "is a file"
+
+
 def _unreadable(file: Path, error: Exception) -> str:
-    """What is wrong with a checkpoint's file, and where one can go on from without it."""
-    others = [folder.name for folder in _folders(file.parent.parent) if folder != file.parent]
-    remedy = f"; remove {file.parent} to go on from {others[-1]}" if others else ""
+    """What is wrong with a checkpoint's file, and where one can go on from if the newest one is damaged for good."""
+    folders = _folders(file.parent.parent)
+    remedy = ""
+    if isinstance(error, SafetensorError | FileNotFoundError) and folders[1:] and folders[-1] == file.parent:
+        remedy = f"; remove {file.parent} to go on from {folders[-2].name}"
     return f"cannot read {file}: {error}{remedy}"
 
 

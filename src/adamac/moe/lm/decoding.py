@@ -3,7 +3,8 @@
 A step adds one token to every text. One that is to be replayed launches the same work however much was read before: which column
 comes next is a number on the device, all room is attended to, and nothing is read back. It is recorded once as a CUDA graph, and
 from then on a token costs the host one launch, not some forty for each layer. Where that cannot be, a step attends to what was
-read and no more, and the reason is said. Both add the same tokens, up to rounding.
+read and no more (or, if it is the recording that fails, to all room all the same), and the reason is said. All add the same
+tokens, up to rounding.
 
 A recording is made of one shape and of the memory that the model's weights have now: a decoder lives as long as its texts. What
 Python does in the model and in the choice, it does while recording and not again.
@@ -79,7 +80,11 @@ class Decoder:
                 f"the cache has room for {self.cache.room} columns and all are written; give it more room or ask for fewer tokens"
             )
         read = self.cache.length
-        self._ids, self._column = self._step(self._ids, self._column)
+        try:
+            self._ids, self._column = self._step(self._ids, self._column)
+        except BaseException:
+            self.cache.length = read  # so that the step can be tried again
+            raise
         self.cache.length = read + 1
         return self._ids[:, 0].clone()  # the next step writes over it
 

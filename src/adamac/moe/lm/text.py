@@ -85,7 +85,7 @@ def read_text(file: Path) -> str:
     except (OSError, lzma.LZMAError) as error:
         raise ValueError(f"cannot read {file}: {error}") from None
     if b"\0" in data:
-        raise ValueError(f"{file} is no UTF-8 text: it has zero bytes")
+        raise ValueError(f"{file} has zero bytes and looks binary; remove it, or give other files")
     return data.decode("utf-8", errors="replace").replace("\r\n", "\n")
 
 
