@@ -94,7 +94,7 @@ CHECKS = (
     "clusters, padding, text), on an H100 and at the commit before clusters went by logits; the attention kernels are the same. "
     "The GPU tests of ops and sparse steps on an H200 at c6f9614, eight at a time: 687, of which 593 passed and 94 were skipped "
     "(a processor's alone). Those of the diffusers seam and of the mixture of experts, ten at a time: 834 passed, one was skipped "
-    "and none failed before a time limit cut off the last few. "
+    "and none failed before a time limit cut off the last few (`h200/gpu_tests.jsonl`). "
     "Every kernel that was timed had been held to its reference by itself before."
 )
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from adamac.bakeoff.errors import BadInput
-from adamac.bakeoff.files import write_text
+from adamac.files import write_text
 
 IDENTICAL_DB = 100.0
 """PSNR is capped here, since JSON has no infinity: beyond it two videos differ by rounding of floats alone."""

@@ -27,13 +27,13 @@ from adamac.bakeoff.compiled import compile_blocks, graphs_compiled, uncompiled
 from adamac.bakeoff.config import REFERENCE, Case, Config, RunDirectory
 from adamac.bakeoff.device import find_device, find_dtype
 from adamac.bakeoff.errors import BadInput, one_line
-from adamac.bakeoff.files import write_json, write_text
 from adamac.bakeoff.generate import Video, generate
 from adamac.bakeoff.machine import machine_stamp
 from adamac.bakeoff.metrics.video import compare
 from adamac.bakeoff.pipelines import Pipeline, call_arguments, frames_per_second, load_pipeline
 from adamac.bakeoff.rows import Row, append_row, read_rows, write_rows
 from adamac.bakeoff.videos import write_video
+from adamac.files import write_json, write_text
 
 # One dense step, one that makes the first clusters, one that refines them: all that can be slow once.
 _WARM_UP_STEPS = 3

@@ -7,7 +7,6 @@ complete. Optimiser states are not part of it.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from adamac.files import force
 from adamac.moe.layer import MoE
 
 
@@ -64,15 +64,6 @@ def _write(weights: dict[str, Tensor], path: Path) -> str | None:
         part.unlink(missing_ok=True)
         return str(error)
     return None
-
-
-def force(path: Path) -> None:
-    """Return once what was written to a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @torch.no_grad()

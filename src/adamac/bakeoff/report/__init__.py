@@ -13,10 +13,10 @@ from typing import Any
 
 from adamac.bakeoff.config import RunDirectory
 from adamac.bakeoff.errors import BadInput
-from adamac.bakeoff.files import write_json, write_text
 from adamac.bakeoff.report.words import FILTERS, TOO_FEW, has_tail, verdict, warnings
 from adamac.bakeoff.rows import Row, read_rows
 from adamac.bakeoff.summary import summarise
+from adamac.files import write_json, write_text
 
 EMBED_BYTES = 150 * 2**20
 """Videos are embedded up to this many bytes; a browser is slow to open much more."""

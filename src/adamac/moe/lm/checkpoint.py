@@ -18,10 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from adamac.files import force
 from adamac.moe.lm.model import GPT, GPTConfig
 from adamac.moe.lm.tokenizer import Tokenizer
 from adamac.moe.parallel import local
-from adamac.moe.weights import force
 
 KEPT = 2
 """Checkpoints that stay: one to go on from, and one before it."""

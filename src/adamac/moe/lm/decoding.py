@@ -20,7 +20,7 @@ from torch import Tensor
 
 from adamac.moe.dispatch import Local
 from adamac.moe.lm.cache import Cache
-from adamac.moe.lm.model import GPT
+from adamac.moe.lm.model import GPT, View
 from adamac.moe.timing import Clock
 from adamac.ops.replay import Replayed
 
@@ -51,9 +51,10 @@ class Decoder:
         self.cache = cache
         self._ids, self._column = last[:, None], torch.full((1,), cache.length, device=last.device)
         self._obstacle = obstacle(model, tokens)
-        # No methods: memory that hangs in a cycle is freed late.
-        grow, step = partial(_grow, model, cache, choose), partial(_step, model, cache, choose)
-        self._step = grow if self._obstacle else Replayed(step)
+        # No methods of this object: memory that hangs in a cycle is freed late.
+        view = (lambda column: cache.advance(1)) if self._obstacle else cache.at
+        step = partial(_step, model, view, choose)
+        self._step = step if self._obstacle else Replayed(step)
 
     @property
     def reason(self) -> str:
@@ -82,10 +83,9 @@ class Decoder:
         read = self.cache.length
         try:
             self._ids, self._column = self._step(self._ids, self._column)
-        except BaseException:
-            self.cache.length = read  # so that the step can be tried again
-            raise
-        self.cache.length = read + 1
+            read += 1
+        finally:
+            self.cache.length = read  # a step that failed can be tried again
         return self._ids[:, 0].clone()  # the next step writes over it
 
 
@@ -116,15 +116,10 @@ def obstacle(model: GPT, tokens: int) -> str:
     return ""
 
 
-def _step(model: GPT, cache: Cache, choose: Choose, ids: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
-    """From the last tokens and their column to the next ones and theirs: done twice, it is as if done once."""
-    features = model.features(ids, cache.at(column))
-    read = column + 1
-    return choose(model.logits(features[:, -1]), read)[:, None], read
-
-
-def _grow(model: GPT, cache: Cache, choose: Choose, ids: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
-    """The same, attending to what was read alone; it is never recorded."""
-    features = model.features(ids, cache.advance(1))
+def _step(
+    model: GPT, view: Callable[[Tensor], View], choose: Choose, ids: Tensor, column: Tensor
+) -> tuple[Tensor, Tensor]:
+    """From the last tokens and their column to the next ones and theirs; with :meth:`Cache.at`, done twice is as if done once."""
+    features = model.features(ids, view(column))
     read = column + 1
     return choose(model.logits(features[:, -1]), read)[:, None], read

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from adamac._version import __version__
+from adamac.files import force, write_json, write_text
 from adamac.moe.lm import checkpoint
 from adamac.moe.lm.recipe import Recipe
 from adamac.moe.lm.sending import Sending
-from adamac.moe.weights import force
 
 
 class RunFolder:
@@ -66,7 +66,7 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         about = {"adamac": __version__, "torch": torch.__version__, "recipe": recipe.to_dict()}
         about["dispatchers"] = [] if sending is None else [asdict(sending)]
-        self._write("run.json", json.dumps(about, indent=2) + "\n")
+        write_json(self._about, about)
 
     def sendings(self) -> list[Sending]:
         """How the run sent rows to experts so far, on each number of ranks and tokens; nothing of a run that never did."""
@@ -82,11 +82,11 @@ class RunFolder:
         if sending is not None and sending not in kept:
             about = checkpoint.read_json(self._about)
             about["dispatchers"] = [asdict(each) for each in (*kept, sending)]
-            self._write("run.json", json.dumps(about, indent=2) + "\n")
+            write_json(self._about, about)
 
     def keep_tokenizer(self, text: str) -> None:
         """Write the tokenizer, as its library has it."""
-        self._write("tokenizer.json", text)
+        write_text(self.path / "tokenizer.json", text)
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Add a row."""
@@ -102,7 +102,7 @@ class RunFolder:
         """Drop rows after a step, and a torn last line."""
         if self.rows.exists():
             rows = (line for line in _whole_lines(self.rows) if json.loads(line)["step"] <= step)
-            self._write("rows.jsonl", "".join(rows))
+            write_text(self.rows, "".join(rows))
 
     def read_rows(self) -> list[dict[str, Any]]:
         """Read the rows; a last line that a kill tore is left out.
@@ -114,14 +114,6 @@ class RunFolder:
             return [json.loads(line) for line in _whole_lines(self.rows)]
         except OSError as error:
             raise ValueError(f"{self.path} holds no rows: {error}") from None
-
-    def _write(self, name: str, text: str) -> None:
-        """Replace a file at once."""
-        file = self.path / name
-        part = file.with_name(file.name + ".part")
-        part.write_text(text, encoding="utf-8")
-        force(part)
-        part.replace(file)
 
 
 def field(file: Path, name: str) -> Any:
