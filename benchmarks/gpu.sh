@@ -2,12 +2,13 @@
 # Everything that is measured on one GPU, in parts with a time limit each: bash benchmarks/gpu.sh OUT PART[=SECONDS]...
 # A part that fails or runs out of time leaves its rows in OUT and does not stop the next. The seconds below were enough on one H100.
 #   tests=90       the GPU tests of attention's kernels, names of failures printed
-#   sanitize=120   compute-sanitizer's memcheck over the same kernels at small shapes
+#   sanitize=180   compute-sanitizer's memcheck over attention and whole sparse steps at small shapes
 #   attention=230  one call at 15 and 8 %, all shapes, all rivals, also with 6 root-N key clusters    densities=150  the same at 30 and 5 %
 #   cog=60 wan1=130 wan14=200 hunyuan=240 hunyuan193=290            denoising steps of real transformers, random weights
 #   rivals=70                                                       the same for the paper's settings and SVG2's, Wan2.1-1.3B
 #   wan14rivals=140 hunyuanrivals=150 hunyuan193rivals=220          on the large models, one or two steps each
 #   cogc=90 wan1c=110 wan14c=215 hunyuanc=250 hunyuan193c=430        the same compiled, over stock diffusers as it comes
+#   wan14tail=190 hunyuantail=260 hunyuan193tail=420                twenty compiled sparse steps, for percentiles
 #   crossover=70                                                    from how much work on sparse attention pays
 #   stock193=115                                                    a step of stock diffusers at HunyuanVideo's 193 frames
 #   scaling=330                                                     one video on one GPU and on 2, 4 and 8 (90 s more for each)
@@ -41,6 +42,7 @@ scaling() {
 }
 export -f bench steps scaling
 export QUICK="--rounds 1 --first-steps 0 --no-guidance"
+TAIL="--arms default_15+compile $QUICK --dense-steps 1 --sparse-steps $([ -n "$EXTRA" ] && echo 8 || echo 20)"  # a rehearsal's video has ten
 COMPILED="--arms best_dense+compile default_15+compile default_8+compile stock"
 for each in "$@"; do
   part=${each%%=*}; limit=${each#*=}; [ "$limit" = "$each" ] && limit=200
@@ -49,7 +51,7 @@ for each in "$@"; do
   case $part in
     tests) run="python3 -m pytest -q -rf --tb=short -n ${WORKERS:-8} -p no:cacheprovider tests/ops tests/attention/test_device.py" ;;
     sanitize) export PYTORCH_NO_CUDA_MEMORY_CACHING=1
-      run="compute-sanitizer --tool memcheck python3 -m pytest -q -x -p no:cacheprovider tests/ops/test_cluster_attention.py -k bits" ;;
+      run="compute-sanitizer --tool memcheck python3 -m pytest -q -x -p no:cacheprovider tests/ops/test_cluster_attention.py tests/attention/test_device.py -k 'bits or later_step'" ;;
     attention) run='for s in ${SHAPES:-wan-14b hunyuan-129f hunyuan-193f wan-1.3b cogvideox-2b}; do bench --shapes $s --densities 0.15 0.08 --key-roots 6 --rounds 3; done' ;;
     densities) run='for s in ${SHAPES:-wan-14b hunyuan-129f cogvideox-2b}; do bench --shapes $s --densities 0.3 0.05 --rounds 2; done' ;;
     cog) run="steps end_to_end --models cogvideox-2b --arms stock best_dense default_15 default_8 --rounds 2 --dense-steps 5 --sparse-steps 15" ;;
@@ -65,6 +67,9 @@ for each in "$@"; do
     hunyuan193rivals) run="steps end_to_end --models hunyuan-193f --arms best_dense svg2 $QUICK --dense-steps 1 --sparse-steps 1" ;;
     scaling) run="scaling" ;;
     hunyuan193c) run="steps compiled --models hunyuan-193f --arms default_15+compile default_8+compile best_dense+compile stock $QUICK --dense-steps 1 --sparse-steps 2" ;;
+    wan14tail) run="steps compiled --models wan-14b $TAIL" ;;
+    hunyuantail) run="steps compiled --models hunyuan-129f $TAIL" ;;
+    hunyuan193tail) run="steps compiled --models hunyuan-193f $TAIL" ;;
     hunyuan) run="steps end_to_end --models hunyuan-129f --arms default_15 default_8 best_dense stock paper --rounds 1 --first-steps 0 --dense-steps 1 --sparse-steps 3" ;;
     hunyuan193) run="steps end_to_end --models hunyuan-193f --arms default_8 default_15 best_dense stock --rounds 1 --first-steps 0 --dense-steps 1 --sparse-steps 3" ;;
     crossover) run='python3 benchmarks/crossover.py --out "$OUT/crossover.jsonl"' ;;
