@@ -11,7 +11,8 @@
 #   wan14tail=190 hunyuantail=260 hunyuan193tail=420                twenty compiled sparse steps, for percentiles
 #   crossover=70                                                    from how much work on sparse attention pays
 #   stock193=115                                                    a step of stock diffusers at HunyuanVideo's 193 frames
-#   scaling=330                                                     one video on one GPU and on 2, 4 and 8 (90 s more for each)
+#   scaling=330                                                     one video on one GPU and on 2, 4 and 8 (90 s more for each;
+#                                                                   RANKS="4 8" leaves out the others)
 # A rehearsal without a GPU: EXTRA=--tiny SHAPES=tiny bash benchmarks/gpu.sh out/rehearsal attention wan14
 set -u
 OUT=${1:?a folder for rows}; shift
@@ -28,16 +29,18 @@ steps() {
 scaling() {
   local ranks gpus device=cuda
   gpus=$(python3 -c "import torch; print(torch.cuda.device_count())")
-  [ -n "$EXTRA" ] && device=cpu gpus=${RANKS:-2}
+  [ -n "$EXTRA" ] && device=cpu gpus=${GPUS:-2}
   (( gpus < 2 )) && { echo "needs two GPUs, there are $gpus"; return 1; }
   spread() { python3 -m torch.distributed.run --standalone --nproc-per-node "$1" -m benchmarks.end_to_end "${@:2}"; }
   local many="run --out $OUT/scaling.jsonl ${COMMIT:+--commit $COMMIT} $EXTRA $QUICK --dense-steps 1 --arms best_dense default_15"
+  alone() { CUDA_VISIBLE_DEVICES=$2 python3 -m benchmarks.end_to_end ${many/scaling.jsonl/scaling_$1.jsonl} --models $1 --sparse-steps 3 --minutes 1.5; }
   spread "$gpus" check --device $device || return 1
-  CUDA_VISIBLE_DEVICES=0 python3 -m benchmarks.end_to_end ${many/scaling/scaling_one} --models wan-14b --sparse-steps 3 --minutes 1.5 &
-  CUDA_VISIBLE_DEVICES=1 python3 -m benchmarks.end_to_end ${many/scaling/scaling_other} --models hunyuan-129f --sparse-steps 3 --minutes 1.5 &
-  wait
-  for ranks in 2 4 8; do
-    (( ranks > gpus )) || spread $ranks $many --models wan-14b hunyuan-129f --sparse-steps 4 --minutes 2.5
+  for ranks in ${RANKS:-1 2 4 8}; do
+    if (( ranks == 1 )); then
+      alone wan-14b 0 & alone hunyuan-129f 1 & wait
+    elif (( ranks <= gpus )); then
+      spread $ranks $many --models wan-14b hunyuan-129f --sparse-steps 4 --minutes 2.5
+    fi
   done
 }
 export -f bench steps scaling

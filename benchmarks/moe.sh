@@ -45,16 +45,17 @@ prepare(Path('$corpus'), [Path('${TEXT:?a folder of text files}')], vocab=8192)"
     --steps "${STEPS:-1200}" --minutes "$(python3 -c "print($seconds / 60)")" --out "$OUT/moe_quality.jsonl"
 }
 
-# Constants are fitted on two ranks, and say what 2, 4 and 8 take before that is timed; then training steps. On eight GPUs a fabric
-# takes up to 580 s: FABRICS=nvlink LIMIT=590 and FABRICS=shm LIMIT=590 are two calls.
+# Constants are fitted on two ranks, and say what 2, 4 and 8 take before that is timed; then training steps. A fabric takes up to
+# 410 s on four GPUs, 580 s on eight: FABRICS=nvlink LIMIT=590 and FABRICS=shm LIMIT=590 are two calls. RANKS="4 8" leaves out 2;
+# constants that an earlier call left in OUT are taken, so two fabrics can be on two pairs of GPUs at once and then on all in turn.
 scaling() {
   local fabric file ranks gpus=${GPUS:-$([ -n "${REHEARSE:-}" ] && echo 2 || python3 -c "import torch; print(torch.cuda.device_count())")}
   (( gpus < 2 )) && { echo "scaling: needs two GPUs, there are $gpus"; return; }
   for fabric in ${FABRICS:-nvlink shm}; do
-    file=$OUT/machine_$fabric.json; rm -f "$file"
-    part "constants $fabric" 70 env NCCL_P2P_DISABLE=$([ "$fabric" = shm ] && echo 1 || echo 0) \
+    file=$OUT/machine_$fabric.json
+    [ -f "$file" ] || part "constants $fabric" 70 env NCCL_P2P_DISABLE=$([ "$fabric" = shm ] && echo 1 || echo 0) \
       python3 -m torch.distributed.run --standalone --nproc-per-node 2 -m adamac.cli advise moe --measure --device $DEVICE --out "$file"
-    for ranks in 2 4 8; do
+    for ranks in ${RANKS:-2 4 8}; do
       (( ranks > gpus )) && continue
       layers "$fabric, $ranks ranks" 70 "$fabric" layer --ranks $ranks $([ -f "$file" ] && echo "--machine $file")
       WHAT=${REHEARSE:+tiny} WHAT=${WHAT:-full} layers "training, $fabric, $ranks ranks" 100 "$fabric" train --ranks $ranks
