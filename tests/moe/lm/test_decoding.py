@@ -67,11 +67,12 @@ def test_steps_of_one_shape_equal_steps_that_grow(experts, prompts, device):
     # A text of one token has nothing in the cache, and padding reads itself there.
     decoder = Decoder(gpt, *begun(gpt, prompts, 9), choose, tokens=9)
     cache, last = begun(gpt, prompts, 9)
-    for number in range(9):
+    for _ in range(9):
         expected = gpt(last[:, None], cache.advance(1))[:, -1]
         last = expected.argmax(-1)
         assert torch.equal(decoder.step(), last)
-        torch.testing.assert_close(logits[number], expected, atol=1e-12, rtol=1e-12)
+        # Not by number: before a recording, which float64 on a GPU is refused, a step is done several times.
+        torch.testing.assert_close(logits[-1], expected, atol=1e-12, rtol=1e-12)
     assert decoder.cache.length == cache.length
 
 
