@@ -17,7 +17,7 @@ from pathlib import Path
 from . import gpu_words as words
 from .gpu_charts import DENSITIES, SHAPES, STAGES, draw_speedups, draw_stages, ours
 from .gpu_scaling import scaling_rows, verdict_rows
-from .gpu_steps import Row, Runs, by_run, latest_step_rows, profile_rows, step_rows, video_rows
+from .gpu_steps import Row, Runs, by_run, latest_step_rows, profile_rows, step_rows, tail_rows, video_rows
 from .gpu_targets import Rows, target_rows
 
 ROOT = Path(__file__).parents[1]
@@ -134,7 +134,7 @@ def page(found: Found) -> str:
         *parts_of_a_call(found),
         *parts_of_the_kernel(found.probes),
         *parts_of_steps(found),
-        "## One video on two GPUs",
+        "## One video on several GPUs",
         words.SCALING_BEFORE,
         table(
             [
@@ -142,6 +142,7 @@ def page(found: Found) -> str:
                 "arm",
                 "GPUs",
                 "step, ms",
+                "p99, ms",
                 "attention, ms",
                 "the rest, ms",
                 "efficiency",
@@ -237,6 +238,11 @@ def parts_of_steps(found: Found) -> Iterable[str]:
     yield table(
         ["model", "arm", "denoising, s", "× best dense", "× stock", "run"],
         video_rows(found.compiled),
+    )
+    yield words.TAILS
+    yield table(
+        ["model", "arm", "p50, ms", "p95", "p99", "slowest", "p99 / p50", "steps", "run"],
+        tail_rows(found.compiled),
     )
     yield "Nothing compiled:"
     yield table([*STEP_HEAD, "run"], latest_step_rows(found.steps, SHAPES))

@@ -21,6 +21,7 @@ def scaling_rows(rows: list[Row]) -> Iterable[list[str]]:
             row["arm"],
             str(row["ranks"]),
             f"{step:,.0f}",
+            f"{steps['p99_ms']:,.0f}" if steps.get("steps", 1) > 1 else "-",
             f"{attention:,.0f}",
             f"{step - attention:,.0f}",
             f"{efficiency(rows, row['model'], row['arm'], row['ranks']):.2f}",
@@ -36,7 +37,7 @@ def verdict_rows(rows: list[Row]) -> Iterable[list[str]]:
             dense, sparse = (efficiency(rows, model, arm, ranks) for arm in (DENSE, SPARSE))
             met = "yes" if sparse >= dense * (1 - TARGET) else "**no**"
             what = f"efficiency on {ranks} GPUs, sparse over dense"
-            yield [what, model, f"≥ {1 - TARGET:.2f}", f"{sparse / dense:.2f}", "-", met]
+            yield [what, model, f"≥ {1 - TARGET:.2f}", f"{sparse / dense:.3f}", "-", met]
 
 
 def efficiency(rows: list[Row], model: str, arm: str, ranks: int) -> float:

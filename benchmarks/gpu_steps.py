@@ -66,14 +66,31 @@ def step_rows(run: list[Row]) -> Iterable[list[str]]:
 
 
 def latest_step_rows(runs: Runs, models: Iterable[str]) -> Iterable[list[str]]:
-    """Rows of the table of steps: the newest of each model's arms, and which run it is of."""
+    """Rows of the table of steps: the newest of each model's arms that can be compared, and which run it is of."""
     for model in models:
         found: dict[str, list[str]] = {}
         for name, run in runs.items():
             for row in run:
-                if row["model"] == model and usual(row):
+                if row["model"] == model and usual(row) and not _alone(row, run):
                     found.setdefault(row["arm"], [*_step_row(row, run), name])
         yield from (found[name] for name in sorted(found, key=_place))
+
+
+def tail_rows(runs: Runs) -> Iterable[list[str]]:
+    """Percentiles of steps of arms that were run for these alone."""
+    for name, run in runs.items():
+        for row in run:
+            spread, steps = tail(row), usual(row)
+            if spread and steps and _alone(row, run):
+                times = (f"{steps[key]:,.0f}" for key in ("p50_ms", "p95_ms", "p99_ms", "max_ms"))
+                yield [row["model"], row["arm"], *times, f"{spread:.3f}", str(steps["steps"]), name]
+
+
+def _alone(row: Row, run: list[Row]) -> bool:
+    """Whether a sparse arm's run has no dense one of the model to compare it with."""
+    return bool(row["first_sparse"]) and not any(
+        other["model"] == row["model"] and not other["first_sparse"] for other in run
+    )
 
 
 def _place(name: str) -> tuple[int, str]:

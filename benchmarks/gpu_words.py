@@ -16,7 +16,8 @@ TARGETS = (
     "No tail is missed any more. At commit a47cf41 one of fifteen compiled steps of CogVideoX-2B took 871 ms instead of 319, and "
     "one of twenty at Wan2.1-1.3B 980 instead of 724: Python's garbage collector. What was taken down of every call had grown by "
     "hundreds of objects a step, and a full collection looks at all objects there are. It is a handful a step since b477957, and "
-    "the slowest of forty steps of either density takes 1 % longer than the median (c6f9614). Where sparse attention cannot win "
+    "the slowest of forty steps of either density takes 1 % longer than the median (c6f9614); of twenty steps of each large model "
+    "the slowest takes 0.1 to 0.2 % longer ([below](#denoising-steps)). Where sparse attention cannot win "
     "calls stay dense ([below](#from-how-much-work-on-sparse-attention-pays))."
 )
 
@@ -60,8 +61,13 @@ STEPS = (
     "SVG2 keeps clusters until they hold 0.9 of the softmax's mass by its estimate. On random weights, whose attention is "
     "nearly flat, that is 87 % of the pairs, so it cannot win there: these rows say what its clustering costs (fifty iterations "
     "in the first sparse step, which takes 6.7 s longer than the next at 129 frames), not what it does on trained weights. *paper* is AdaCluster's own "
-    "settings, without compensation, at a density of 25 to 26 %. At 193 frames SVG2 came to its first sparse step alone: 55.4 s, "
-    "of which 10.4 s are planning, where a dense step of the same run takes 42.0 s."
+    "settings, without compensation, at a density of 25 to 26 %. At 193 frames SVG2's first sparse step takes 55.3 s, of which "
+    "10.4 s are planning, and the next 45.6 s, where a dense step of the same run takes 41.9 s: one step of each."
+)
+
+TAILS = (
+    "Percentiles of the large models' steps, by twenty of them in a row at 15 %, compiled, each on a card of its own while the "
+    "others of the machine were at work too:"
 )
 
 VIDEO = (
@@ -70,28 +76,33 @@ VIDEO = (
 )
 
 SCALING_BEFORE = (
-    "HunyuanVideo and Wan2.1-14B on one GPU and spread over two of one host (NVLink), by diffusers' Ulysses parallelism: "
-    "every rank has all tokens of half the heads. Nothing compiled, three or four sparse steps, one dense one; random weights. "
-    "*Efficiency* is the time on one GPU over twice the time on two. Before it was timed, small models of all three families "
-    "with heads and tokens that do not divide made the same sparse video on two GPUs as on one (float32, NCCL: latents differ by "
-    "3e-7 to 3e-6; sparse and dense differ by 2e-3 to 6e-3)."
+    "HunyuanVideo and Wan2.1-14B on one GPU and spread over two and four of one host (NVLink), by diffusers' Ulysses parallelism: "
+    "every rank has all tokens of its share of the heads. Nothing compiled, three or four sparse steps, one dense one; random weights. "
+    "*Efficiency* is the time on one GPU over as many times the time on several. Before it was timed, small models of all three "
+    "families with heads and tokens that do not divide made the same sparse video on two GPUs and on four as on one (float32, NCCL: "
+    "latents differ by 7e-8 to 3e-6, those of Wan2.1 on four by 2e-4; sparse and dense differ by 1e-3 to 6e-3). Steps on two GPUs were timed while the other two of "
+    "the machine were at work too, those on four alone."
 )
 
 SCALING = (
-    "Attention itself scales, dense (2.02 and 2.03 times as fast on two) and sparse (1.96 and 1.98); the ranks differ by a bit over 1 % at "
-    "most. What does not is the rest: exchanging heads for tokens adds 0.26 to 0.48 s to a step, 6 to 8 ms a layer. A sparse step "
-    "is shorter, so the same exchange is more of it: 4 % less efficient than a dense one at both models, where 5 % was the target: met, by less than what one dense step of Wan2.1-14B "
-    "on one GPU differs between this run and the one before (2 %). "
-    "In the run before (b477957, `h200/scaling_first_run.jsonl`) the exchange added 12 to 18 ms a layer, and sparse was 5 and 7 % "
-    "less efficient: it passed seven times over memory to bring heads and tokens in order, and passes once before each message now. "
-    "What it sends (774 MB a rank and layer at Wan2.1-14B) would take 3 ms at 275 GB/s, which is what an exchange between two of "
-    "these cards reaches (`h200/moe.jsonl`), so the next to gain is to send while other heads are planned. Runs on four and eight "
-    "GPUs have not been made."
+    "On four GPUs a step is 3.7 to 3.8 times as fast dense and 3.6 times sparse, so that sparse on four is 6.6 (Wan2.1-14B) and 8.5 times "
+    "(129 frames) as fast as dense on one. Attention itself scales, dense (2.0 and 4.1 times as fast on two and four) and sparse "
+    "(2.0 and 3.9); the ranks differ by 2 % at most. What does not is the rest: exchanging heads for tokens adds 6 to 8 ms a layer on "
+    "two GPUs and 3.4 to 5.6 ms on four, 0.24 to 0.42 s and 0.16 to 0.33 s of a step. A sparse step is shorter, so the same exchange is more of it: "
+    "3 and 4 % less efficient than a dense one at Wan2.1-14B on two and four GPUs, 4 and 5.1 % at 129 frames, where 5 % was the target: "
+    "met but for 129 frames on four, where 0.1 % is missing; on two GPUs sparse over dense differs by 0.4 % between this run and the one "
+    "before (c6f9614, `h200/scaling_second_run.jsonl`). In the first run (b477957, `h200/scaling_first_run.jsonl`) the exchange added "
+    "12 to 18 ms a layer, and sparse was 5 and 7 % less efficient on two: it passed seven times over memory to bring heads and "
+    "tokens in order, and passes once before each message now. What it sends at Wan2.1-14B (774 MB a rank and layer on two GPUs, 581 "
+    "on four) would take 3 and 2 ms at 275 GB/s, which is what an exchange between two of these cards reaches (`h200/moe.jsonl`), so "
+    "the next to gain is to send while other heads are planned. Runs on eight GPUs have not been made."
 )
 
 CHECKS = (
     "compute-sanitizer (memcheck) found nothing in either attention kernel or in planning at odd shapes (1 to 700 tokens, empty "
-    "clusters, padding, text), on an H100 and at the commit before clusters went by logits; the attention kernels are the same. "
+    "clusters, padding, text) on an H100 before clusters went by logits, nor, on an H200 at 319cbe1, in the attention kernels as they are and in whole "
+    "sparse steps planned by logits, with padding and text, in a CUDA graph, and without room for the plan (16 tests; each tensor an "
+    "allocation of its own but for the last two, since a graph and a full card need PyTorch's cache). "
     "The GPU tests of ops and sparse steps on an H200 at c6f9614, eight at a time: 687, of which 593 passed and 94 were skipped "
     "(a processor's alone). Those of the diffusers seam and of the mixture of experts, ten at a time: 834 passed, one was skipped "
     "and none failed before a time limit cut off the last few (`h200/gpu_tests.jsonl`). "

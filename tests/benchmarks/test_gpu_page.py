@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 from benchmarks.gpu_page import ROOT, Found, page
 from benchmarks.gpu_scaling import efficiency, scaling_rows, verdict_rows
-from benchmarks.gpu_steps import by_run, newest, ratio, step_rows, tail, video_rows
+from benchmarks.gpu_steps import (
+    by_run,
+    latest_step_rows,
+    newest,
+    ratio,
+    step_rows,
+    tail,
+    tail_rows,
+    video_rows,
+)
 from benchmarks.gpu_targets import _steps, target_rows
 
 
@@ -34,6 +43,19 @@ def test_steps_are_compared_inside_of_one_run_alone():
 def test_a_tail_of_a_handful_of_steps_is_not_quoted():
     assert tail(step("default_15", 6.0, "new", "2026-02", steps=4)) is None
     assert tail(step("default_15", 6.0, "new", "2026-02")) == pytest.approx(1.02)
+
+
+def test_steps_that_were_run_for_their_percentiles_alone_stand_apart_from_those_that_can_be_compared():
+    former = [step(arm, ms, "old", "2026-01") for arm, ms in (("best_dense", 12.0), ("default_15", 6.0))]
+    alone = step("default_15", 5.0, "new", "2026-02", steps=20)
+    alone["sparse"] |= {"p95_ms": 5.1, "max_ms": 5.2}
+    runs = by_run([*former, alone])
+    assert [(line[1], line[2], line[-1]) for line in latest_step_rows(runs, ["wan-14b"])] == [
+        ("best_dense", "12", "old, GPU"),
+        ("default_15", "6", "old, GPU"),
+    ]
+    ((model, arm, *_, spread, steps, run),) = tail_rows(runs)
+    assert (model, arm, spread, steps, run) == ("wan-14b", "default_15", "1.020", "20", "new, GPU")
 
 
 def test_a_sparse_arm_that_never_came_to_a_sparse_step_counts_nowhere():
@@ -97,7 +119,7 @@ def test_efficiency_is_time_on_one_over_ranks_times_the_time_on_them():
     assert efficiency(rows, "wan-14b", "best_dense", 2) == 1.0
     assert efficiency(rows, "wan-14b", "default_15", 2) == 0.75
     assert next(iter(verdict_rows(rows)))[-1] == "**no**"
-    assert [row[6] for row in scaling_rows(rows)] == ["1.00", "1.00", "1.00", "0.75"]
+    assert [row[7] for row in scaling_rows(rows)] == ["1.00", "1.00", "1.00", "0.75"]
 
 
 def test_a_video_has_its_dense_steps_too():
