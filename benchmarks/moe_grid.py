@@ -101,8 +101,14 @@ def shapes(rows: list[Row], routing: str | None = None) -> list[Shape]:
     return [shape for shape in whole if routing in (None, shape.routing)]
 
 
-def section(rows: list[Row], former: list[Row]) -> str:
-    """All that the page says of where it pays; ``former`` are the rows of the run that timed some of these layers at length."""
+def section(rows: list[Row], uneven: list[Row], former: list[Row]) -> str:
+    """All that the page says of where it pays.
+
+    Args:
+        rows: Of the grid.
+        uneven: Of a later run, unevenly routed on the fabrics where the first one had no time for all.
+        former: Of the run that timed some of these layers at length.
+    """
     even = shapes(rows, "balanced")
     parts = [_introduction(rows, even), where_words(even), extreme_words(even)]
     for fabric in dict.fromkeys(shape.fabric for shape in even):
@@ -110,7 +116,9 @@ def section(rows: list[Row], former: list[Row]) -> str:
             f"**{_capital(WORDS[fabric])}**, forward / forward + backward; **bold** where it pays in both."
         )
         parts.append(fabric_table([shape for shape in even if shape.fabric == fabric]))
-    return "\n\n".join([*parts, dispatcher_words(rows), skewed_words(rows), again_words(rows, former)])
+    return "\n\n".join(
+        [*parts, dispatcher_words(rows), skewed_words(rows, uneven), again_words(rows, former)]
+    )
 
 
 def _introduction(rows: list[Row], even: list[Shape]) -> str:
@@ -208,22 +216,42 @@ def dispatcher_words(rows: list[Row]) -> str:
     )
 
 
-def skewed_words(rows: list[Row]) -> str:
-    """What uneven routing changes, of the shapes that were measured with both, and what was not reached."""
+def skewed_words(rows: list[Row], later: list[Row]) -> str:
+    """What uneven routing changes, by fabric: of a later run where there is one, against the balanced shapes of the first."""
     even = {(shape.fabric, shape.key): shape for shape in shapes(rows, "balanced")}
+    first, second = ({(s.fabric, s.key): s for s in shapes(each, "trained_like")} for each in (rows, later))
     lines = []
     for fabric in dict.fromkeys(fabric for fabric, _ in even):
-        own = [s for s in shapes(rows, "trained_like") if s.fabric == fabric and (fabric, s.key) in even]
-        missed = [row for row in rows if row["fabric"] == fabric and row["status"] == "stopped"]
+        keys = [key for place, key in even if place == fabric]
+        chosen = second if any(place == fabric for place, _ in second) else first
+        own = [chosen[fabric, key] for key in keys if (fabric, key) in chosen]
         if own:
             changes = [s.best(name) / even[fabric, s.key].best(name) for s in own for name in PASSES]
             other = sum(s.pays != even[fabric, s.key].pays for s in own)
             lines.append(
-                f"{WORDS[fabric]} {len(own)} shape{'s' * (len(own) != 1)}, ratio {median(s.best(n) for s in own for n in PASSES):.2f} in the median, "
-                f"{median(changes):.2f} times that of the same shapes with balanced routing, another verdict in {other}"
-                f"{f' ({len(missed)} not reached in time)' if missed else ''}"
+                f"- {_capital(WORDS[fabric])}: {len(own)} of {len(keys)} shapes, it pays in {sum(s.pays for s in own)}; ratio {median(s.best(n) for s in own for n in PASSES):.2f} in the "
+                f"median, {median(changes):.2f} times that of the same shapes with balanced routing; another verdict in {other}."
             )
-    return f"**Uneven routing** (`trained_like`): {'; '.join(lines)}."
+    return "\n".join(
+        [
+            f"**Uneven routing** (`trained_like`), between the best dispatchers. {_repeated_words(first, second)}",
+            "",
+            *lines,
+        ]
+    )
+
+
+def _repeated_words(first: dict[Any, Shape], second: dict[Any, Shape]) -> str:
+    """How far the two runs of uneven shapes agree where both have them."""
+    both = first.keys() & second.keys()
+    if not both:
+        return ""
+    apart = [abs(second[key].best(name) / first[key].best(name) - 1) for key in both for name in PASSES]
+    row = next(iter(second.values())).arms[f"bigmac/{COPY_PER_EXPERT}"]
+    return (
+        f"Those over NVLink and sockets are of a later run (`{row['commit']}`, `h200/moe_grid_uneven.jsonl`), beside which the machine's other cards were at work; the {len(both)} shapes "
+        f"that the run of the grid had come out {median(apart):.0%} apart in the median."
+    )
 
 
 def again_words(rows: list[Row], former: list[Row]) -> str:

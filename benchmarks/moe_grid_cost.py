@@ -13,7 +13,8 @@ from adamac.moe import preset
 
 from .gpu_page import table
 from .moe.cases import COPY_PER_EXPERT, PRESETS
-from .moe_foreseen import HOSTS, WORDS, Point, error_line, errors, groups_of, machines_of, points
+from .moe.summary import ok
+from .moe_foreseen import HOSTS, WITHIN, WORDS, Point, error_line, errors, groups_of, machines_of, points
 from .moe_grid import PASSES, PAYS, Shape, shapes, share
 
 Row = dict[str, Any]
@@ -56,8 +57,8 @@ def verdicts(rows: list[Row]) -> list[Verdict]:
     ]
 
 
-def section(rows: list[Row]) -> str:
-    """All that the page says of the cost model and the grid."""
+def section(rows: list[Row], uneven: list[Row]) -> str:
+    """All that the page says of the cost model and the grid; ``uneven`` are rows of a later run of its unevenly routed shapes."""
     found = layer_points(rows)
     near = sum(point.near for point in found)
     parts = [
@@ -68,6 +69,7 @@ def section(rows: list[Row]) -> str:
             ["said of the grid before it was timed", "points", "within 15 %", "median error", "worst"],
             lines(found),
         ),
+        uneven_words(uneven),
         "Does its verdict hold? What users ask is whether BigMac pays (more than "
         f"{PAYS} between the best dispatchers), and of that the host's pace cancels in part:",
         verdict_table(rows),
@@ -76,6 +78,16 @@ def section(rows: list[Row]) -> str:
         "\n".join(f"- {line}" for line in causes(rows, found)),
     ]
     return "\n\n".join(parts)
+
+
+def uneven_words(rows: list[Row]) -> str:
+    """How near it came where routing is uneven, with constants of the same run."""
+    found = errors(layer_points(rows))
+    flags = [entry["equal"] for row in ok(rows, "moe_layer") for entry in row["bytes"].values()]
+    return (
+        f"In the later run of uneven shapes (`h200/moe_grid_uneven.jsonl`, constants of its own) {sum(abs(error) <= WITHIN for error in found)} of {len(found)} were within 15 %, "
+        f"{median(map(abs, found)):.0%} off in the median; bytes were the formula's in {sum(flags)} of {len(flags)} passes."
+    )
 
 
 def lines(found: list[Point]) -> list[list[str]]:

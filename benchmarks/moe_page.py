@@ -20,7 +20,7 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
-from . import moe_foreseen, moe_grid, moe_grid_cost, moe_quality_page, moe_serving
+from . import moe_foreseen, moe_grid, moe_grid_cost, moe_quality_page, moe_ranks, moe_serving
 from .gpu_charts import save
 from .gpu_page import ROOT, table
 from .moe.rows import read
@@ -62,15 +62,23 @@ class Later:
 
     Attributes:
         grid: Layers of other shapes.
+        uneven: Those of them that were routed unevenly in a run of its own.
+        ranks: Layers and training steps on two ranks and on four.
+        rivals: Other packages through shared memory.
         models: Whole models; of these rows the page has the training steps.
         serving: Prefill and decoding.
+        mended: The same after a review's findings in decoding.
         layouts: Training steps of a model that lies whole on every rank, or in shares.
         launching: What the host pays for a launch.
     """
 
     grid: list[Row]
+    uneven: list[Row]
+    ranks: list[Row]
+    rivals: list[Row]
     models: list[Row]
     serving: list[Row]
+    mended: list[Row]
     layouts: list[Row]
     launching: list[Row]
 
@@ -101,8 +109,9 @@ def quality() -> list[Row]:
 
 def later() -> Later:
     """Rows of the runs after the last whole one."""
-    names = ("moe_grid", "moe_models", "moe_serving", "moe_layouts", "launch_cost")
-    return Later(*(read(RESULTS / "h200" / f"{name}.jsonl") for name in names))
+    names = ("grid", "grid_uneven", "ranks", "rivals", "models", "serving", "serving_mended", "layouts")
+    files = [*(f"moe_{name}" for name in names), "launch_cost"]
+    return Later(*(read(RESULTS / "h200" / f"{name}.jsonl") for name in files))
 
 
 def drawn() -> str:
@@ -118,7 +127,8 @@ def page(rows: list[Row], former: list[Row], learned: list[Row], new: Later) -> 
         *parts_of_models(rows, new),
         "## The cost model",
         moe_foreseen.section(rows, former),
-        moe_grid_cost.section(new.grid),
+        moe_ranks.cost_section(new.ranks),
+        moe_grid_cost.section(new.grid, new.uneven),
         "## Quality",
         moe_quality_page.section(learned),
         *parts_of_everything(rows, new),
@@ -150,6 +160,7 @@ def parts_of_targets(rows: list[Row], former: list[Row], new: Later) -> list[str
         "![Ratios by fabric against their targets](assets/moe-ratios.svg)",
         verdict_words(rows),
         moe_grid.verdict_words(new.grid),
+        moe_ranks.verdict_words(new.ranks),
     ]
 
 
@@ -173,10 +184,12 @@ def parts_of_layers(rows: list[Row], former: list[Row], new: Later) -> list[str]
         cost_words(new.launching),
         cost_table(new.launching),
         "## Other widths, ratios and numbers of experts a token",
-        moe_grid.section(new.grid, rows),
+        moe_grid.section(new.grid, new.uneven, rows),
+        "## Four ranks",
+        moe_ranks.section(new.ranks, rows),
         "## More ranks: a projection",
-        "Not measured: the cost model with this run's constants of NVLink, which were taken among two ranks, or with all collectives at a "
-        "slower rate. XL top-8, 16,384 tokens on each rank, forward, baseline ÷ BigMac; *no host*: as if the host were never waited for.",
+        "Not measured but for [four ranks over NVLink](#four-ranks), where it was too good: the cost model with this run's constants of NVLink, "
+        "which were taken among two ranks, or with all collectives at a slower rate. XL top-8, 16,384 tokens on each rank, forward, baseline ÷ BigMac; *no host*: as if the host were never waited for.",
         projected(rows),
         "With more ranks a token's experts lie on more of them, so that every way of sending sends more for the same products, and "
         "a quarter of it counts for more.",
@@ -199,7 +212,7 @@ def parts_of_models(rows: list[Row], new: Later) -> list[str]:
         layout_words(new.layouts),
         layout_table(new.layouts),
         "## Prefill and decoding",
-        moe_serving.section(new.serving, new.models),
+        moe_serving.section(new.serving, new.models, new.mended),
     ]
 
 
@@ -213,15 +226,16 @@ def parts_of_everything(rows: list[Row], new: Later) -> list[str]:
         *(anatomy(fabric, own) for fabric, own in by_fabric(rows)),
         "## Rivals",
         "The same router, experts and tokens in DeepSpeed's layer and in the grouped experts of transformers behind an "
-        "all-to-all of their own. DeepSpeed's layer ran at 1,024 tokens alone.",
-        rivals(rows),
+        "all-to-all of their own. DeepSpeed's layer ran at 1,024 tokens alone. Through shared memory they ran later "
+        f"(`{new.rivals[-1]['commit']}`, `h200/moe_rivals.jsonl`), beside other work on the machine's other cards.",
+        rivals([*rows, *new.rivals]),
         "## Pieces of a layer on one GPU",
         *(kernels(fabric, own) for fabric, own in by_fabric(rows)),
         "## Collectives",
         *(collectives(fabric, own) for fabric, own in by_fabric(rows)),
         problems([*rows, *new.models, *new.serving]),
         "Not part of these runs: the fused activation ([measured before](decisions/activation-stays-apart.md)), other numbers of experts than 64, "
-        "widths above 4,096, more than two ranks.",
+        "widths above 4,096, more than four ranks.",
     ]
 
 
@@ -238,9 +252,13 @@ def compared(rows: list[Row], former: list[Row], new: Later) -> Iterable[list[st
     A training step is judged by the newest run, and what the run of the layers had found of it stands behind the former.
     """
     then, first = ({line[0]: line for line in target_lines(each)} for each in (former, rows))
-    for line in target_lines([*rows, *new.models]):
+    against = {line[0]: line for line in target_lines(new.rivals) if line[0].startswith("baseline")}
+    for found in target_lines([*rows, *new.models]):
+        line = found if found[-1] != "not measured" else against.get(found[0], found)
         before = [_found(run[line[0]]) for run in (then, first) if line[0] in run and run[line[0]] != line]
         yield [*line, ", then ".join(text for text in before if text) or "-"]
+    for line in moe_ranks.target_lines(new.ranks):
+        yield [*line, "-"]
     for what, line in zip(("bytes", "cost model"), target_lines(ok(new.grid, "moe_layer"))[-2:], strict=True):
         yield [f"{what}: the same of the grid's layers", *line[1:], "-"]
 

@@ -14,12 +14,13 @@ SIDES = (BASELINE, "bigmac")
 TITLES = {"xl": "XL", "medium": "Medium"}
 
 
-def section(rows: list[Row], earlier: list[Row]) -> str:
+def section(rows: list[Row], earlier: list[Row], mended: list[Row]) -> str:
     """Tables and words.
 
     Args:
-        rows: Of the newest run of prefill and decoding.
+        rows: Of the longest run of prefill and decoding.
         earlier: Of runs before, in which nothing was captured.
+        mended: Of one after decoding was mended.
     """
     stamp = rows[-1]
     return "\n\n".join(
@@ -28,6 +29,7 @@ def section(rows: list[Row], earlier: list[Row]) -> str:
             "and cores were at work. *Captured*: the step is replayed from a CUDA graph, as `generate` does on one GPU.",
             models("none", rows),
             decode_words(rows, earlier),
+            mended_words(mended),
         ]
     )
 
@@ -54,6 +56,19 @@ def decode_words(rows: list[Row], earlier: list[Row]) -> str:
         "A reason that fits and was not measured: torch takes cuDNN's attention on this card, which plans anew for every number of keys; the baseline, whose turns "
         "come first, pays for plans that BigMac finds ready. The captured step always has the same number of keys. It takes the "
         "likeliest token; `generate` may draw one by temperature and top-k besides, which was not timed."
+    )
+
+
+def mended_words(rows: list[Row]) -> str:
+    """What captured steps take with what a review mended."""
+    found = _whole(steps(rows, captured=True))
+    told = "; ".join(
+        f"{_pair(found, model, batch, '.2f')} ({TITLES[model]}, {_texts(batch)})"
+        for model, batch in dict.fromkeys(key[:2] for key in found)
+    )
+    return (
+        f"Since a review mended decoding (`{rows[-1]['commit']}`, `h200/moe_serving_mended.jsonl`) captured steps take, baseline and BigMac, {told}, beside more work on the "
+        "machine's other cards."
     )
 
 

@@ -32,10 +32,9 @@ def tables(rows: list[Row]) -> str:
     if not rows:
         return "no rows"
     parts = [_title(rows)]
-    fabrics = list(dict.fromkeys(row["fabric"] for row in rows))
-    by_fabric = {fabric: [row for row in rows if row["fabric"] == fabric] for fabric in fabrics}
+    by_place = _grouped(rows, "fabric", "ranks")
     for draw in (launches, kernels, _costs, collectives, anatomy, models, layers):
-        parts += [draw(fabric, own) for fabric, own in by_fabric.items()]
+        parts += [draw(fabric, own) for (fabric, _), own in by_place.items()]
     # The end is what is left where output is cut.
     parts += [rivals(rows), problems(rows), targets(rows)]
     return "\n\n".join(part for part in parts if part)
@@ -96,8 +95,8 @@ def target_lines(rows: list[Row]) -> list[list[str]]:
     carried = [point for point in points if _carried(point[0])]
     own = [point for point in points if not _carried(point[0])]
     if carried:
-        lines.append(_cost_line("cost model by constants of other ranks, against measurement", carried))
-    return [*lines, _bytes_line(rows), _cost_line("cost model against measurement", own)]
+        lines.append(cost_line("cost model by constants of other ranks, against measurement", carried))
+    return [*lines, _bytes_line(rows), cost_line("cost model against measurement", own)]
 
 
 def _against_rivals(rows: list[Row], fabric: str) -> tuple[float, float] | None:
@@ -145,7 +144,8 @@ def _carried(row: Row) -> bool:
     return (row.get("predicted_from_ranks", row["ranks"]) or 1) != row["ranks"]
 
 
-def _cost_line(what: str, points: list[tuple[Row, str, float, float]]) -> list[str]:
+def cost_line(what: str, points: list[tuple[Row, str, float, float]]) -> list[str]:
+    """The cost model's line of the table of targets, of some points."""
     errors = [abs(predicted / measured - 1) for _, _, predicted, measured in points]
     if not errors:
         return [what, "within 15 %", "", "", "not measured"]
@@ -186,9 +186,9 @@ def _costs(fabric: str, rows: list[Row]) -> str:
     ]
     header = ["operation", "overhead, µs", "TFLOP/s", "GB/s"]
     parts = [
-        _headed(f"Cost model on {fabric}: constants", header, constants),
+        _headed(f"Cost model on {fabric}, {_ranks(rows)}: constants", header, constants),
         _headed(
-            f"Cost model on {fabric}: said before it was measured, ms",
+            f"Cost model on {fabric}, {_ranks(rows)}: said before it was measured, ms",
             ["layer", "arm", "pass", "said", "measured", "error"],
             lines,
         ),
@@ -337,7 +337,9 @@ def anatomy(fabric: str, rows: list[Row]) -> str:
             ]
         )
     header = ["arm", *stages, "rows MiB", "aside MiB", "= formula", "peak GiB", "weights GiB"]
-    return _headed(f"Stages on {fabric}, forward, first rank, ms: {_shape(case[0])}", header, lines)
+    return _headed(
+        f"Stages on {fabric}, {_ranks(rows)}, forward, first rank, ms: {_shape(case[0])}", header, lines
+    )
 
 
 def collectives(fabric: str, rows: list[Row]) -> str:

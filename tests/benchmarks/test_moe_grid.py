@@ -84,12 +84,25 @@ def test_a_shape_that_pays_is_bold_and_one_that_was_not_measured_is_a_dash():
     assert second == "| r 1/4, top-8 | 1.00 / 1.00 | **1.50 / 1.50** | 1.00 / 1.00 | 2.00 / 2.00 |"
 
 
-def test_uneven_routing_is_compared_with_the_same_shapes_and_what_was_stopped_is_counted():
+def test_uneven_routing_is_compared_with_the_same_shapes_and_what_was_not_reached_is_seen():
     rows = layers() + layers(hidden=1024) + layers(narrow=WIDE, routing="trained_like")
-    rows += [{"benchmark": "moe_layer", "status": "stopped", "fabric": "shm", "arm": "all"}] * 2
-    words = skewed_words(rows)
-    assert "shared memory 1 shape, ratio 1.00 in the median, 0.67 times that of the same shapes" in words
-    assert "another verdict in 1 (2 not reached in time)" in words
+    words = skewed_words(rows, [])
+    assert (
+        "- Shared memory: 1 of 2 shapes, it pays in 0; ratio 1.00 in the median, 0.67 times that of the same"
+        in words
+    )
+    assert "another verdict in 1." in words
+
+
+def test_uneven_shapes_are_of_the_later_run_where_it_was_on_that_fabric():
+    rows = layers() + layers(narrow=WIDE, routing="trained_like")
+    rows += [row | {"fabric": "nvlink"} for row in rows]
+    again = [row | {"commit": "abc1234"} for row in layers(routing="trained_like", fabric="nvlink")]
+    words = skewed_words(rows, again)
+    assert "- NVLink: 1 of 1 shapes, it pays in 1;" in words
+    assert "- Shared memory: 1 of 1 shapes, it pays in 0;" in words
+    assert "(`abc1234`, `h200/moe_grid_uneven.jsonl`)" in words
+    assert "the 1 shapes that the run of the grid had come out 50% apart in the median" in words
 
 
 def test_runs_are_compared_by_the_layers_that_both_have():
