@@ -30,7 +30,6 @@ from adamac.attention.agree import largest, total
 from adamac.attention.cluster import (
     as_clusters,
     check_counts,
-    check_previous,
     cluster_tokens,
     refine,
     regroup,
@@ -153,37 +152,22 @@ class AdaCluster:
         """
         layout = layout or Layout.video_only(query.shape[-2])
         check_attention_inputs(query, key, layout)
-        check_previous(previous)
+        former = usable(previous, query, layout)
         if previous is not None and previous.is_dense and previous.layout.same_shape(layout):
             return Plan.dense(layout, previous.dense_reason or "")
-        previous = usable(previous, query, layout)
         video_query, video_key = video_parts(query, key, layout)
         age = 0
-        if previous is None:
-            of_queries, of_keys = self._forms(video_query, video_key, layout)
-            found = self._first_keys(video_key, layout, of_keys)
+        if former is None:
+            found = self._first(video_query, video_key, layout)
             if isinstance(found, str):
                 return Plan.dense(layout, found)
-            keys = found
-            queries = cluster_tokens(
-                video_query,
-                self.query_clusters or round(video_query.shape[2] ** 0.5),
-                layout,
-                iterations=self.first_iterations,
-                metric=self._shape,
-                seed=self.seed,
-                form=of_queries,
-            )
-        elif previous.age + 1 < self.recluster_every:
-            age = previous.age + 1
-            former_queries, former_keys, _ = previous.parts()
+            queries, keys = found
+        elif former.age + 1 < self.recluster_every:
+            age = former.age + 1
+            former_queries, former_keys, _ = former.parts()
             queries, keys = regroup(video_query, former_queries), regroup(video_key, former_keys)
         else:
-            start_queries, start_keys = previous.centroids()
-            of_queries, of_keys = self._forms(video_query, video_key, layout)
-            again = {"iterations": self.iterations}
-            queries = refine(video_query, start_queries, layout, metric=self._shape, form=of_queries, **again)
-            keys = refine(video_key, start_keys, layout, metric="euclidean", form=of_keys, **again)
+            queries, keys = self._refined(former, video_query, video_key, layout)
         ranking = self.score or ("residual" if self.compensate else "moment")
         score = score_clusters(ranking, queries.means, video_key, keys)
         return Plan(
@@ -197,8 +181,34 @@ class AdaCluster:
             keep="plan" if age + 1 < self.recluster_every else "centroids",
         )
 
+    def _first(self, query: Tensor, key: Tensor, layout: Layout) -> tuple[Clusters, Clusters] | str:
+        """Cluster queries and keys from scratch; a string says why the layer stays dense."""
+        of_queries, of_keys = self._forms(query, key, layout)
+        keys = self._first_keys(key, layout, of_keys)
+        if isinstance(keys, str):
+            return keys
+        queries = cluster_tokens(
+            query,
+            self.query_clusters or round(query.shape[2] ** 0.5),
+            layout,
+            iterations=self.first_iterations,
+            metric=self._query_metric,
+            seed=self.seed,
+            form=of_queries,
+        )
+        return queries, keys
+
+    def _refined(self, former: Plan, query: Tensor, key: Tensor, layout: Layout) -> tuple[Clusters, Clusters]:
+        """Cluster queries and keys from the centroids of a former step."""
+        start_queries, start_keys = former.centroids()
+        of_queries, of_keys = self._forms(query, key, layout)
+        again = {"iterations": self.iterations}
+        queries = refine(query, start_queries, layout, metric=self._query_metric, form=of_queries, **again)
+        keys = refine(key, start_keys, layout, metric="euclidean", form=of_keys, **again)
+        return queries, keys
+
     @property
-    def _shape(self) -> Metric:
+    def _query_metric(self) -> Metric:
         return "cosine" if self.angular else "euclidean"
 
     def _forms(self, query: Tensor, key: Tensor, layout: Layout) -> tuple[Tensor | None, Tensor | None]:

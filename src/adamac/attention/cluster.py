@@ -127,25 +127,16 @@ def check_counts(method: object, *names: str) -> None:
             raise ValueError(f"{type(method).__name__}.{name} must be at least 1, got {number}")
 
 
-def check_previous(previous: object) -> None:
-    """Refuse what is neither a plan nor nothing.
+def usable(previous: Plan | None, query: Tensor, layout: Layout) -> Plan | None:
+    """Return the former plan if it has clusters of tensors of this shape, else nothing: the method then starts afresh.
 
     Raises:
-        ValueError: Saying what was expected and what came.
+        ValueError: If it is neither a plan nor ``None``.
     """
     if previous is not None and not isinstance(previous, Plan):
         raise ValueError(
             f"previous must be the Plan of this layer's last step, or None, got {type(previous).__name__}"
         )
-
-
-def usable(previous: Plan | None, query: Tensor, layout: Layout) -> Plan | None:
-    """Return the former plan if it has clusters of tensors of this shape, else nothing: the method then starts afresh.
-
-    Raises:
-        ValueError: If it is no plan.
-    """
-    check_previous(previous)
     if previous is None or previous.is_dense or not previous.layout.same_shape(layout):
         return None
     held = previous.start[0].low if previous.start is not None else previous.parts()[0].means
