@@ -48,7 +48,7 @@ def measure(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str,
     """One row."""
     query, key, value = draw(shape, device, dtype, seed=0)
     method, layout, scale = AdaCluster(), shape.layout(), shape.head_dim**-0.5
-    former = method(query, key, layout=layout).kept()
+    former = method(query, key, layout=layout).carried()
 
     def sparse() -> torch.Tensor:
         return attend(query, key, value, method(query, key, layout=layout, previous=former))

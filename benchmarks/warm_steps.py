@@ -53,7 +53,7 @@ def main() -> None:
                 dense = DenseRows.sample(*tensors, layout, rows=options.rows)
                 for arm, method in ARMS.items():
                     plan = method(*tensors[:2], layout=layout, previous=former[arm])
-                    former[arm] = plan.kept()
+                    former[arm] = plan.carried()
                     facts = {"benchmark": "warm_steps", "call": call, "steps_before": place, "arm": arm}
                     error = dense.judge(plan).overall_error
                     rows.append(facts | {"key_clusters": plan.parts()[1].num_clusters, "output_error": error})

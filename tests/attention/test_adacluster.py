@@ -154,7 +154,7 @@ def test_what_the_other_side_does_not_see_splits_no_cluster(side, warm):
     unseen[..., 0], seen[..., 0] = 0.0, 0.0
 
     def labels(method):
-        plan = method(query, key, previous=method(query, key).kept() if warm else None)
+        plan = method(query, key, previous=method(query, key).carried() if warm else None)
         return getattr(plan, side).labels
 
     # Angles see the length of what is compared, so queries are clustered by distance here.

@@ -44,7 +44,7 @@ def test_a_later_step_never_waits_for_the_device(tensors, layout, budget):
 
     def step(previous):
         plan = method(*tensors[:2], layout=layout, previous=previous)
-        return attend(*tensors, plan), plan.kept()
+        return attend(*tensors, plan), plan.carried()
 
     _, former = step(None)
     step(former)  # compiles
@@ -59,7 +59,7 @@ def test_a_later_step_never_waits_for_the_device(tensors, layout, budget):
 
 def test_a_step_without_room_says_so_and_the_next_one_with_room_gives_the_same_bits():
     tensors = attention_like(1, 16, 8192, 64, dtype=torch.bfloat16, device="cuda")
-    former = METHOD(*tensors[:2]).kept()
+    former = METHOD(*tensors[:2]).carried()
 
     def step():
         return attend(*tensors, METHOD(*tensors[:2], previous=former))
@@ -78,7 +78,7 @@ def test_a_step_without_room_says_so_and_the_next_one_with_room_gives_the_same_b
 
 def test_a_graph_of_a_step_replays_to_the_same_bits_on_other_tensors(tensors):
     query, key, value = (tensor.clone() for tensor in tensors)
-    former = METHOD(query, key).kept()
+    former = METHOD(query, key).carried()
 
     def step():
         return attend(query, key, value, METHOD(query, key, previous=former))
@@ -115,7 +115,7 @@ def test_other_numbers_of_clusters_compile_nothing(tensors):
         method = replace(
             METHOD, query_clusters=clusters // 4, key_clusters=clusters, outlier_factor=float("inf")
         )
-        attend(*tensors, method(*tensors[:2], previous=method(*tensors[:2]).kept()))
+        attend(*tensors, method(*tensors[:2], previous=method(*tensors[:2]).carried()))
 
     run(140)
     before = compiled()

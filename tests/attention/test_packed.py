@@ -29,7 +29,7 @@ def test_centroids_that_are_all_alike_come_back_as_they_are(device):
 def test_a_plan_keeps_half_a_byte_a_coordinate_and_the_range_of_each(device):
     query, key, _ = attention_like(1, 3, 400, 64, device=device)
     plan = AdaCluster(query_clusters=10, key_clusters=30, outlier_factor=float("inf"))(query, key)
-    kept = plan.kept()
+    kept = plan.carried()
     assert kept is not None
     assert kept.state_bytes() == 3 * (10 + 30) * 64 // 2 + 2 * 3 * 64 * (4 + 4)
 

@@ -68,9 +68,9 @@ def test_state_is_the_bytes_of_all_tensors(plan):
 
 def test_variances_are_not_kept(plan):
     with_them = replace(plan, keys=replace(plan.keys, variances=plan.keys.means.clone()))
-    kept = with_them.kept()
+    kept = with_them.carried()
     assert kept.keys.variances is None
-    assert kept.state_bytes() == plan.kept().state_bytes()
+    assert kept.state_bytes() == plan.carried().state_bytes()
 
 
 def broken(plan: Plan, side: str, labels: torch.Tensor, counts: torch.Tensor | None = None) -> Plan:
@@ -103,8 +103,8 @@ def test_check_finds_reads_beyond_a_cluster(plan):
             replace(plan, reads=reads).check()
 
 
-def test_check_finds_a_row_that_reads_more_than_most(plan):
-    most = int(plan.reads.sum(-1).max())
-    replace(plan, most=most).check()
-    with pytest.raises(ValueError, match=f"a row reads {most} tokens, more than most"):
-        replace(plan, most=most - 1).check()
+def test_check_finds_a_row_that_reads_more_than_max_reads(plan):
+    max_reads = int(plan.reads.sum(-1).max())
+    replace(plan, max_reads=max_reads).check()
+    with pytest.raises(ValueError, match=f"a row reads {max_reads} tokens, more than max_reads"):
+        replace(plan, max_reads=max_reads - 1).check()

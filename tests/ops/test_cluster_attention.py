@@ -218,14 +218,15 @@ def test_the_same_call_gives_the_same_bits(impl, device):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_a_known_most_changes_nothing(impl, device):
+def test_a_known_max_reads_changes_nothing(impl, device):
     query, key, value, queries, keys, reads = case(1, 2, 300, 64, 5, 9, device=device)
     reads[:, :, 1] = keys.counts  # a cluster that reads everything is not bound by it
     reads[:, :, [0, 2, 3, 4], 3:] = 0
-    most = int(reads[:, :, [0, 2, 3, 4]].sum(-1).max())
+    max_reads = int(reads[:, :, [0, 2, 3, 4]].sum(-1).max())
     options = {"compensate": True, "scale": 0.125, "impl": impl}
     free, bound = (
-        cluster_attention(query, key, value, queries, keys, reads, most=m, **options) for m in (None, most)
+        cluster_attention(query, key, value, queries, keys, reads, max_reads=m, **options)
+        for m in (None, max_reads)
     )
     assert torch.equal(free[0], bound[0])
 
@@ -510,7 +511,7 @@ def test_a_triton_that_is_missing_or_broken_is_a_reason_and_no_crash(error, reas
 def test_a_kernel_is_checked_before_its_first_use_and_refused_if_it_errs(flaw, verdict, monkeypatch):
     from adamac.ops.cluster_attention.reference import reference
 
-    def kernel(query, key, value, queries, keys, reads, *, most, impl, **options):
+    def kernel(query, key, value, queries, keys, reads, *, max_reads, impl, **options):
         if flaw == "does not compile":
             raise ValueError("at 12:3:\nunknown layout")
         if flaw == "no room":

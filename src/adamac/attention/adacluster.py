@@ -176,9 +176,9 @@ class AdaCluster:
             keys,
             self.budget.reads(score, keys.counts),
             compensate=self.compensate,
-            most=self.budget.most(layout.video_tokens),
+            max_reads=self.budget.max_reads(layout.video_tokens),
             age=age,
-            keep="plan" if age + 1 < self.recluster_every else "centroids",
+            carry="plan" if age + 1 < self.recluster_every else "centroids",
         )
 
     def _first(self, query: Tensor, key: Tensor, layout: Layout) -> tuple[Clusters, Clusters] | str:

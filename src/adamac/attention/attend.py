@@ -93,8 +93,8 @@ def attend(
             f"plan is on {reads.device} but query is on {query.device}; make the plan from the same tensors"
         )
     queries, keys, reads = with_text(plan)
-    most = None if plan.most is None else plan.most + plan.layout.text_tokens
-    options = {"compensate": plan.compensate, "scale": scale, "most": most, "impl": impl}
+    max_reads = None if plan.max_reads is None else plan.max_reads + plan.layout.text_tokens
+    options = {"compensate": plan.compensate, "scale": scale, "max_reads": max_reads, "impl": impl}
     output, lse = cluster_attention(query, key, value, queries, keys, reads, **options)
     return (output, lse) if return_lse else output
 

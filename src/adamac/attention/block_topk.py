@@ -50,5 +50,7 @@ class BlockTopK:
         queries, keys = tiles(video_query, layout, self.tile), tiles(video_key, layout, self.tile)
         score = score_clusters(self.score, queries.means, video_key, keys)
         reads = self.budget.reads(score, keys.counts)
-        most = self.budget.most(layout.video_tokens)
-        return Plan(layout, queries, keys, reads, compensate=self.compensate, most=most, keep="nothing")
+        max_reads = self.budget.max_reads(layout.video_tokens)
+        return Plan(
+            layout, queries, keys, reads, compensate=self.compensate, max_reads=max_reads, carry="nothing"
+        )

@@ -41,5 +41,5 @@ class Oracle:
         queries, keys, _ = plan.parts()
         score = mass_score(*video_parts(query, key, plan.layout), queries, keys)
         reads = self.budget.reads(score, keys.counts)
-        most = self.budget.most(plan.layout.video_tokens)
-        return replace(plan, reads=reads, compensate=self.compensate, most=most)
+        max_reads = self.budget.max_reads(plan.layout.video_tokens)
+        return replace(plan, reads=reads, compensate=self.compensate, max_reads=max_reads)

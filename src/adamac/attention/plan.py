@@ -73,10 +73,10 @@ class Plan:
             cluster ``i`` read exactly, from none to all of them. A cluster read in part is read from its first token
             in the order of the sequence.
         compensate: Whether tokens that are skipped enter the softmax through their cluster's mean key and mean value.
-        most: The most video tokens that a row reads, known without looking at values; ``None`` if it is not.
+        max_reads: The most video tokens that a row reads, known without looking at values; ``None`` if it is not.
         age: Steps since the clusters were made.
-        keep: What the method wants back at the next step: the whole plan, or the centroids alone, or nothing.
-        start: Rounded centroids of queries and keys, in a plan of which nothing else was kept.
+        carry: What the method wants back at the next step: the whole plan, or the centroids alone, or nothing.
+        start: Rounded centroids of queries and keys, in a plan of which nothing else was carried over.
         dense_reason: Why this plan is dense, or ``None``.
     """
 
@@ -85,9 +85,9 @@ class Plan:
     keys: Clusters | None = None
     reads: Tensor | None = None
     compensate: bool = False
-    most: int | None = None
+    max_reads: int | None = None
     age: int = 0
-    keep: Literal["plan", "centroids", "nothing"] = "plan"
+    carry: Literal["plan", "centroids", "nothing"] = "plan"
     start: tuple[Packed, Packed] | None = None
     dense_reason: str | None = None
 
@@ -105,26 +105,28 @@ class Plan:
         """Clusters of queries, clusters of keys, and reads.
 
         Raises:
-            ValueError: If the plan has none, because it is dense or because they were not kept.
+            ValueError: If the plan has none, because it is dense or because they were not carried over.
         """
         if self.queries is None or self.keys is None or self.reads is None:
             reason = (
-                "of which only centroids were kept" if self.start else f"that is dense ({self.dense_reason})"
+                "of which only centroids were carried over"
+                if self.start
+                else f"that is dense ({self.dense_reason})"
             )
             raise ValueError(f"a plan {reason} has no clusters")
         return self.queries, self.keys, self.reads
 
-    def kept(self) -> Plan | None:
+    def carried(self) -> Plan | None:
         """Reduce the plan to what its method wants back at the next step, as ``previous``.
 
-        The mask of padding is not kept: the next step brings it again.
+        The mask of padding is not carried over: the next step brings it again.
         """
-        if self.keep == "nothing":
+        if self.carry == "nothing":
             return None
         layout = replace(self.layout, valid=None)
         if self.is_dense:
             return replace(self, layout=layout)
-        if self.keep == "plan":
+        if self.carry == "plan":
             queries, keys, _ = self.parts()
             queries, keys = replace(queries, variances=None), replace(keys, variances=None)
             return replace(self, layout=layout, queries=queries, keys=keys)
@@ -207,8 +209,10 @@ class Plan:
                 raise ValueError(f"{name}: exactly the padding must be labelled -1")
         if reads.min() < 0 or (reads > keys.counts.unsqueeze(-2)).any():
             raise ValueError("reads must lie between 0 and the size of the key cluster")
-        if self.most is not None and reads.sum(-1).max() > self.most:
-            raise ValueError(f"a row reads {int(reads.sum(-1).max())} tokens, more than most ({self.most})")
+        if self.max_reads is not None and reads.sum(-1).max() > self.max_reads:
+            raise ValueError(
+                f"a row reads {int(reads.sum(-1).max())} tokens, more than max_reads ({self.max_reads})"
+            )
 
     def _text_tokens(self) -> Tensor:
         queries, _, _ = self.parts()

@@ -104,7 +104,7 @@ class TopK:
         chosen = fill(score, (sizes > 0).long(), _at_least(_filled(counts) * self.keep).long())
         return torch.where(chosen > 0, sizes, 0)
 
-    def most(self, tokens: int) -> int | None:
+    def max_reads(self, tokens: int) -> int | None:
         """Clusters are of any size, so a row may read any number of tokens."""
         return None
 
@@ -140,7 +140,7 @@ class Tokens:
         budget = (valid * self.keep).round().long().clamp_min(1).unsqueeze(-2)
         return fill(score, counts.unsqueeze(-2), budget)
 
-    def most(self, tokens: int) -> int | None:
+    def max_reads(self, tokens: int) -> int | None:
         """The most tokens that a row reads of a video of so many, without looking at the device."""
         return max(1, round(tokens * self.keep))
 
@@ -176,7 +176,7 @@ class TopP:
         enough = fill(mass, mass, mass.new_full((*mass.shape[:2], 1, 1), self.mass)) > 0
         return torch.where(least | (enough & best), sizes, 0)
 
-    def most(self, tokens: int) -> int | None:
+    def max_reads(self, tokens: int) -> int | None:
         """Clusters are of any size, so a row may read any number of tokens."""
         return None
 
@@ -187,7 +187,7 @@ Budget = TopK | Tokens | TopP
 def check_budget(method: object) -> None:
     """Refuse a method whose budget is none: a bare share, for instance."""
     budget = getattr(method, "budget", None)
-    if not (hasattr(budget, "reads") and hasattr(budget, "most")):
+    if not (hasattr(budget, "reads") and hasattr(budget, "max_reads")):
         share = f"; a share of the keys is Tokens({budget})" if isinstance(budget, float) else ""
         raise ValueError(
             f"{type(method).__name__}.budget must be Tokens(keep), TopK(keep) or TopP(mass), got {budget!r}{share}"

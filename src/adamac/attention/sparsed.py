@@ -54,5 +54,5 @@ class SparseD:
         queries, keys = tiles(video_query, layout, self.block), tiles(video_key, layout, self.block)
         score = mass_score(video_query, video_key, queries, keys)
         reads = self.budget.reads(score, keys.counts)
-        most = self.budget.most(layout.video_tokens)
-        return Plan(layout, queries, keys, reads, compensate=self.compensate, most=most)
+        max_reads = self.budget.max_reads(layout.video_tokens)
+        return Plan(layout, queries, keys, reads, compensate=self.compensate, max_reads=max_reads)

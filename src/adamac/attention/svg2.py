@@ -62,8 +62,10 @@ class SVG2:
             keys = refine(video_key, start_keys, layout, iterations=self.iterations, metric="euclidean")
         score = score_clusters("centroid", queries.means, video_key, keys)
         reads = self.budget.reads(score, keys.counts)
-        most = self.budget.most(layout.video_tokens)
-        return Plan(layout, queries, keys, reads, compensate=self.compensate, most=most, keep="centroids")
+        max_reads = self.budget.max_reads(layout.video_tokens)
+        return Plan(
+            layout, queries, keys, reads, compensate=self.compensate, max_reads=max_reads, carry="centroids"
+        )
 
     def _fresh(self, tokens: Tensor, number: int, layout: Layout) -> Clusters:
         return cluster_tokens(

@@ -110,7 +110,7 @@ def compare(
         kept = {
             roots: Sparse(0.15, True, key_roots=roots)
             .method(method, shape)(*before, layout=shape.layout())
-            .kept()
+            .carried()
             for roots in {None, *(each.key_roots for each in contenders)}
         }
         for each in contenders:
@@ -220,7 +220,7 @@ def facts_of(contender: Sparse, plan: Plan, query: Tensor, call: Callable[[], Te
         "q_clusters": plan.parts()[0].num_clusters,
         "k_clusters": plan.parts()[1].num_clusters,
     }
-    kept = plan.kept()
+    kept = plan.carried()
     facts["state_mib"] = 0.0 if kept is None else kept.state_bytes() / 2**20
     if query.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()

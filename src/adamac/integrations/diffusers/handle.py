@@ -277,7 +277,7 @@ class Handle:
         plan = self._ledger.timed(
             "plan", query.device, lambda: self.method(query, key, layout=layout, previous=former)
         )
-        kept = plan.kept()
+        kept = plan.carried()
         if kept is not None:
             self._plans[place] = kept
             self._held[place] = kept.state_bytes()

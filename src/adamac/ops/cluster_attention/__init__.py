@@ -66,7 +66,7 @@ def cluster_attention(
     *,
     compensate: bool,
     scale: float,
-    most: int | None = None,
+    max_reads: int | None = None,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Attend from each query cluster to what it reads of each key cluster.
@@ -80,7 +80,7 @@ def cluster_attention(
         reads: ``[batch, heads, q_clusters, k_clusters]`` integers from 0 to the key cluster's size.
         compensate: Whether skipped tokens enter through their cluster's means.
         scale: Multiplier on the logits.
-        most: The most tokens that a query cluster reads, if it does not read all there are; ``None`` if that is not known.
+        max_reads: The most tokens that a query cluster reads, if it does not read all there are; ``None`` if that is not known.
             Lists are made this long, so nothing has to be read back from the device.
         impl: ``"reference"`` builds the dense mask; the others read the selected keys only.
 
@@ -109,7 +109,7 @@ def cluster_attention(
 
     try:
         return triton_cluster_attention(
-            query, key, value, queries, keys, reads, most=most, impl=resolved, **options
+            query, key, value, queries, keys, reads, max_reads=max_reads, impl=resolved, **options
         )
     except Exception as error:  # whatever a compiler or driver raises at what it was not tried at
         if is_out_of_memory(error):
@@ -119,7 +119,9 @@ def cluster_attention(
                 f'impl="{impl}" failed as it ran: {in_one_line(error)}; use impl="auto"'
             ) from error
         dismiss(resolved, query, error)
-    return cluster_attention(query, key, value, queries, keys, reads, most=most, impl=impl, **options)
+    return cluster_attention(
+        query, key, value, queries, keys, reads, max_reads=max_reads, impl=impl, **options
+    )
 
 
 def _check(

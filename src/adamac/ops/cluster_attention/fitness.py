@@ -104,7 +104,7 @@ def _check(impl: str, query: Tensor) -> str | None:
     for compensate in (True, False):
         options = {"compensate": compensate, "scale": 2 * head_dim**-0.5}
         try:
-            output, lse = triton_cluster_attention(*inputs, reads, most=None, impl=impl, **options)
+            output, lse = triton_cluster_attention(*inputs, reads, max_reads=None, impl=impl, **options)
         except Exception as error:  # whatever a compiler may raise: there is another implementation
             if is_out_of_memory(error):
                 raise

@@ -32,14 +32,14 @@ def triton_cluster_attention(
     *,
     compensate: bool,
     scale: float,
-    most: int | None,
+    max_reads: int | None,
     impl: str = "triton",
 ) -> tuple[Tensor, Tensor]:
     """Compute :func:`adamac.ops.cluster_attention.cluster_attention` with the kernel named, ``"triton"`` or ``"hopper"``."""
     q_starts, k_starts = queries.starts, keys.starts  # before the orders, which they may bring
     lists = (queries.order, q_starts, keys.order, k_starts, reads.int())
-    most = key.shape[2] if most is None else min(most, key.shape[2])
-    return _operator(query, key, value, *lists, max(most, 1), compensate, scale, impl)
+    max_reads = key.shape[2] if max_reads is None else min(max_reads, key.shape[2])
+    return _operator(query, key, value, *lists, max(max_reads, 1), compensate, scale, impl)
 
 
 @torch.library.custom_op("adamac::cluster_attention", mutates_args=())
@@ -52,7 +52,7 @@ def _operator(
     k_order: Tensor,
     k_starts: Tensor,
     reads: Tensor,
-    most: int,
+    max_reads: int,
     compensate: bool,
     scale: float,
     impl: str,
@@ -60,7 +60,7 @@ def _operator(
     with torch.cuda.device_of(query):  # Triton launches on the current device
         tables = (q_order, q_starts, k_order, k_starts, reads)
         parts = (_rows_in_one_piece(part) for part in (query, key, value))
-        return _attend(*parts, *tables, most, compensate, scale, impl)
+        return _attend(*parts, *tables, max_reads, compensate, scale, impl)
 
 
 @_operator.register_fake
@@ -81,7 +81,7 @@ def _attend(
     k_order: Tensor,
     k_starts: Tensor,
     reads: Tensor,
-    most: int,
+    max_reads: int,
     compensate: bool,
     scale: float,
     impl: str,
@@ -97,7 +97,7 @@ def _attend(
     output = torch.empty_like(query)
     lse = torch.empty(batch, heads, q_tokens, dtype=torch.float32, device=query.device)
     means = _whole(k_clusters) if compensate else 0
-    room = _Room.of(key, batch * heads, q_clusters, _whole(k_clusters), means, _whole(most))
+    room = _Room.of(key, batch * heads, q_clusters, _whole(k_clusters), means, _whole(max_reads))
     packed, listed, skipped = (room.keys, room.values), room.listed, room.skipped
     at_once, rows, capacity = len(listed), room.keys.shape[1], listed.shape[-1]
     counted = torch.arange(_whole(k_tokens), dtype=torch.int32, device=query.device)
