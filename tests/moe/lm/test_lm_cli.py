@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from adamac import cli
-from adamac.cli_moe import MoeTrain, _recipe
+from adamac.cli.moe import MoeTrain, _recipe
 from adamac.moe.cost import machine_of
 from adamac.moe.lm.recipe import Recipe
 

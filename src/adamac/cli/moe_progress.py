@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from adamac.cli.lines import say
+
 if TYPE_CHECKING:
     from adamac.moe.lm.corpus import Corpus
     from adamac.moe.lm.recipe import Recipe
@@ -73,7 +75,7 @@ class Watching:
             self._say(f"step {row.step}/{self._steps}: {now}")
 
     def _say(self, line: str) -> None:
-        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+        say(self._console, line)
 
 
 def duration(seconds: float) -> str:

@@ -7,8 +7,7 @@ repeat so that help answers without loading torch.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,8 +18,9 @@ from rich.console import Console
 from tyro.conf import OmitArgPrefixes, Positional, subcommand
 
 from adamac.bakeoff.errors import BadInput
-from adamac.cli_moe_bench import MoeBench, moe_bench
-from adamac.cli_moe_progress import Watching, duration
+from adamac.cli.lines import refusals_are_input, say
+from adamac.cli.moe_bench import MoeBench, moe_bench
+from adamac.cli.moe_progress import Watching, duration
 
 if TYPE_CHECKING:
     from adamac.moe.lm.decoding import Decoder
@@ -157,7 +157,8 @@ class Moe:
 
 def moe(options: Moe, console: Console) -> int:
     """Run one of the commands."""
-    with _one_line():
+    rank = os.environ.get("RANK", "0")
+    with refusals_are_input("" if rank == "0" else f"rank {rank}: "):
         match options.command:
             case MoeTrain():
                 return moe_train(options.command, console)
@@ -202,7 +203,7 @@ def moe_train(options: MoeTrain, console: Console) -> int:
     except (Diverged, Left) as error:
         broken = isinstance(error, Gone)
         who = "adamac" if world.first else f"adamac: rank {world.rank}"
-        Console(stderr=True).print(f"{who}: {error}", markup=False, highlight=False, soft_wrap=True)
+        say(Console(stderr=True), f"{who}: {error}")
         return 1
     except KeyboardInterrupt:
         console.print(f"broken off; go on with the same command and --resume: {options.out}", highlight=False)
@@ -281,8 +282,7 @@ def _continue(options: MoeGenerate, prompts: list[str]) -> list[str]:
 
     def told(decoder: Decoder) -> None:
         if device.type == "cuda" and decoder.reason and options.tokens > FEWEST:  # fewer are quick either way
-            line = f"decoding was not captured in a CUDA graph: {decoder.reason}"
-            Console(stderr=True).print(line, highlight=False, markup=False, soft_wrap=True)
+            say(Console(stderr=True), f"decoding was not captured in a CUDA graph: {decoder.reason}")
 
     added = generate(
         model,
@@ -346,15 +346,3 @@ def _alone(command: str) -> None:
 
 def _plain(text: str) -> str:
     return text.replace("[", r"\[")
-
-
-@contextmanager
-def _one_line() -> Generator[None]:
-    """What :mod:`adamac.moe` refuses is the user's to mend."""
-    try:
-        yield
-    except BadInput:
-        raise
-    except ValueError as error:
-        rank = os.environ.get("RANK", "0")
-        raise BadInput(str(error) if rank == "0" else f"rank {rank}: {error}") from error

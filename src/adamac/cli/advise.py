@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -14,6 +13,7 @@ from rich.table import Table
 from tyro.conf import Positional
 
 from adamac.bakeoff.errors import BadInput
+from adamac.cli.lines import refusals_are_input, say
 
 if TYPE_CHECKING:
     from adamac.advise.check import Check
@@ -92,7 +92,7 @@ class Advise:
 
 def advise(options: Advise, console: Console) -> int:
     """Compare two layers and print the verdict."""
-    with _one_line():
+    with refusals_are_input():
         _check(options)
         sides = _sides(options)
         if options.measure:
@@ -163,7 +163,7 @@ def _tell(
     if ranks > 1:
         console.print(_dispatchers(found, name))
     for line in _lines(found, machine, ranks, name):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        say(console, line)
 
 
 def _lines(found: Comparison, machine: Machine, ranks: int, name: str) -> Generator[str]:
@@ -378,14 +378,3 @@ def _check(options: Advise) -> None:
 
 def _times(value: float | None, factor: float) -> float | None:
     return None if value is None else value * factor
-
-
-@contextmanager
-def _one_line() -> Generator[None]:
-    """What the model refuses is the user's to mend."""
-    try:
-        yield
-    except BadInput:
-        raise
-    except ValueError as error:
-        raise BadInput(str(error)) from error
