@@ -89,12 +89,21 @@ def config_of(*texts: str, **changes: Any) -> Config:
 
 def save_tiny_wan(folder: Path) -> None:
     """Save a stock WanPipeline of random weights whose 64 x 64 pixels and 7 frames are 1,024 tokens."""
-    from diffusers import (
-        AutoencoderKLWan,
-        FlowMatchEulerDiscreteScheduler,
-        WanPipeline,
-        WanTransformer3DModel,
-    )
+    from diffusers import WanPipeline
+
+    WanPipeline(**_tiny_parts(channels=4)).save_pretrained(str(folder))
+
+
+def save_tiny_wan_from_image(folder: Path) -> None:
+    """The same for WanImageToVideoPipeline, as Wan 2.2 has it: no encoder of images."""
+    from diffusers import WanImageToVideoPipeline
+
+    # Latents, those of the image, and which frames are given: one of each of two frames that make a latent one.
+    WanImageToVideoPipeline(**_tiny_parts(channels=4 + 4 + 2)).save_pretrained(str(folder))
+
+
+def _tiny_parts(channels: int) -> dict[str, Any]:
+    from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
@@ -105,7 +114,7 @@ def save_tiny_wan(folder: Path) -> None:
     )
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     text = UMT5Config(vocab_size=len(words), d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
-    pipe = WanPipeline(
+    return dict(
         tokenizer=PreTrainedTokenizerFast(
             tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
         ),
@@ -126,7 +135,7 @@ def save_tiny_wan(folder: Path) -> None:
             patch_size=(1, 1, 1),
             num_attention_heads=1,
             attention_head_dim=64,
-            in_channels=4,
+            in_channels=channels,
             out_channels=4,
             text_dim=32,
             freq_dim=32,
@@ -135,4 +144,3 @@ def save_tiny_wan(folder: Path) -> None:
             rope_max_seq_len=64,
         ),
     )
-    pipe.save_pretrained(str(folder))

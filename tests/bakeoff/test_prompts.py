@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from adamac import embedded
 from adamac.bakeoff.errors import BadInput
@@ -46,6 +47,18 @@ def test_json_lines_and_plain_lines_are_told_apart(tmp_path):
             b'{"prompt": "a"}\n{"prompt": "b", "categry": "c"}',
             "line 2 has a key 'categry'; did you mean category?",
         ),
+        (b'{"prompt": "a", "negative": "b"}', "line 1 has a key 'negative'; did you mean negative_prompt?"),
+        (b'{"prompt": "a", "image_path": "b"}', "did you mean image?"),
+        (b'{"prompt": "a", "negative_prompt": 3}', "line 1: negative_prompt must be a text, got 3"),
+        (
+            b'{"prompt": "a", "image": "absent.png"}',
+            "line 1: image: .*absent.png is not an image .*No such file",
+        ),
+        (
+            b'{"prompt": "a", "image": "prompts"}',
+            "line 1: image: .*prompts is not an image .*cannot identify",
+        ),
+        (b'{"prompt": "a", "guidance": 3}', "line 1 has a guidance, which is not of a prompt here"),
         (b'{"id": "x", "prompt": "a"}\n{"id": "x", "prompt": "b"}', "twice"),
         (b'{"id": "x/y", "prompt": "a"}\n{"id": "x y", "prompt": "b"}', "twice"),
     ],
@@ -63,3 +76,26 @@ def test_an_id_becomes_a_safe_file_name(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"prompt": "a", "id": "../up/../../x"}')
     assert "/" not in read_prompts(path)[0].slug
+
+
+def test_a_negative_prompt_is_given_to_those_that_have_none_of_their_own(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(
+        '{"prompt": "a"}\n{"prompt": "b", "negative_prompt": "fog"}\n{"prompt": "c", "negative_prompt": ""}\n'
+    )
+    assert [prompt.negative for prompt in choose_prompts(str(path), "m")] == [None, "fog", ""]
+    chosen = choose_prompts(str(path), "m", "blur")
+    assert [prompt.negative for prompt in chosen] == ["blur", "fog", ""]
+    assert chosen[0].arguments() == {"prompt": "a", "negative_prompt": "blur"}
+    assert choose_prompts(None, None)[0].arguments().keys() == {"prompt"}
+
+
+def test_an_image_lies_beside_its_file_and_is_known_by_its_content(tmp_path):
+    path, picture = tmp_path / "a.jsonl", tmp_path / "first.png"
+    path.write_text('{"prompt": "a", "image": "first.png"}')
+    Image.new("L", (4, 3), 200).save(picture)
+    (before,) = read_prompts(path)
+    image = before.arguments()["image"]
+    assert (image.size, image.mode, image.getpixel((0, 0))) == ((4, 3), "RGB", (200, 200, 200))
+    Image.new("L", (4, 3), 100).save(picture)
+    assert read_prompts(path) != (before,)

@@ -150,8 +150,7 @@ class RunDirectory:
             raise BadInput(
                 f"{self.run} is damaged: {damage}; restore the file, or make the run again in another directory"
             )
-        for name, value in (("compile", False), ("setup", None)):  # of a version that could not
-            run["config"].setdefault(name, value)
+        _say_what_was_not_asked(run["config"])
         return run
 
     def check(self, identity: dict[str, Any], resume: bool) -> None:
@@ -244,6 +243,16 @@ def _damage(run: Any) -> str:
     return ""
 
 
+def _say_what_was_not_asked(config: dict[str, Any]) -> None:
+    """Fill in what a version that wrote this could not be asked for."""
+    for name, value in (("compile", False), ("setup", None)):
+        config.setdefault(name, value)
+    for prompt in config["prompts"]:
+        if isinstance(prompt, dict):
+            for name in ("negative", "image"):
+                prompt.setdefault(name, None)
+
+
 def _brief(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
@@ -256,9 +265,16 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> str:
         before, now = pairs.pop("config")
         before = before or {}
         pairs |= {name: (before.get(name), value) for name, value in now.items() if before.get(name) != value}
-    return "; ".join(
-        f"{name}: {_short(there)} there, {_short(here)} here" for name, (there, here) in pairs.items()
-    )
+    return "; ".join(f"{name}: {_two(there, here)}" for name, (there, here) in pairs.items())
+
+
+def _two(there: Any, here: Any) -> str:
+    """A setting of either run; of as many prompts in both, which are not the same."""
+    first, second = _short(there), _short(here)
+    if first == second and isinstance(here, list):
+        other = [new for old, new in zip(there, here, strict=True) if old != new]
+        return f"{len(other)} of {first} are not the same, the first is {other[0].get('id')!r} here"
+    return f"{first} there, {second} here"
 
 
 def _short(value: Any) -> str:

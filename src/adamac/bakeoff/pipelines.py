@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from adamac.bakeoff.config import Config
 from adamac.bakeoff.device import find_device, find_dtype
 from adamac.bakeoff.errors import BadInput, one_line
+from adamac.bakeoff.prompts import Prompt
 
 Pipeline = Any
 """A diffusers pipeline; what is asked of it here is what all of them have, not what their base class declares."""
@@ -69,6 +71,46 @@ def call_arguments(pipe: Pipeline, config: Config) -> dict[str, Any]:
             raise BadInput(f"{name}: {type(pipe).__name__} has no {argument}")
         arguments[argument] = value
     return arguments
+
+
+def check_prompts(pipe: Pipeline, prompts: tuple[Prompt, ...], arguments: dict[str, Any]) -> None:
+    """Make sure that the pipeline reads all that the prompts say, and that they say all that it needs.
+
+    Args:
+        pipe: The pipeline.
+        prompts: Of the run.
+        arguments: Of all its calls.
+
+    Raises:
+        BadInput: If something of a prompt would be passed over, or an image is missing.
+    """
+    accepted, kind = inspect.signature(pipe.__call__).parameters, type(pipe).__name__
+    needs_image = "image" in accepted and accepted["image"].default is inspect.Parameter.empty
+    why_unread = _negative_unread(accepted, arguments)
+    for prompt in prompts:
+        if prompt.negative and why_unread:
+            raise BadInput(f"negative_prompt: {kind} {why_unread}; remove it from prompt {prompt.id!r}")
+        if prompt.image is not None and "image" not in accepted:
+            raise BadInput(
+                f"image: {kind} takes none; remove it from prompt {prompt.id!r}, or give a pipeline of image to video"
+            )
+        if prompt.image is None and needs_image:
+            raise BadInput(
+                f"image: {kind} needs one, and prompt {prompt.id!r} has none; give --prompts FILE with JSON lines that "
+                'have "prompt" and "image"'
+            )
+
+
+def _negative_unread(accepted: Mapping[str, inspect.Parameter], arguments: dict[str, Any]) -> str:
+    """Why a call would pass over a negative prompt; empty if it reads it."""
+    if "negative_prompt" not in accepted:
+        return "has no negative prompt"
+    # Where a model's own guidance is distilled into it, the classifier-free kind is the true one.
+    scale = next((name for name in ("true_cfg_scale", "guidance_scale") if name in accepted), None)
+    if scale is None:
+        return ""
+    value = arguments.get(scale, accepted[scale].default)
+    return f"reads it at {scale} above 1 alone, which is {value:g} here" if value <= 1 else ""
 
 
 def frames_per_second(config: Config) -> int:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from adamac.bakeoff.errors import BadInput
+from adamac.bakeoff.picture import Picture
 
-_KEYS = ("prompt", "id", "category")
+_KEYS = ("prompt", "id", "category", "negative_prompt", "image")
+# Names that others give to some of them, too far from ours to be taken for a slip.
+_OTHER_NAMES = {"negative": "negative_prompt", "image_path": "image", "first_frame": "image"}
 # What would change a video if it were read.
 _CHANGES = (
     "seed",
     "seeds",
-    "negative_prompt",
     "guidance",
     "guidance_scale",
     "steps",
@@ -36,31 +38,46 @@ class Prompt:
         id: Names its videos; unique within a run.
         category: What kind of scene it is; the report groups by it.
         text: What the model is given.
+        negative: What it is to keep away from; ``None`` leaves that to the pipeline.
+        image: What the video begins with.
     """
 
     id: str
     category: str
     text: str
+    negative: str | None = None
+    image: Picture | None = None
 
     @property
     def slug(self) -> str:
         """The id, fit for a file name."""
         return re.sub(r"[^A-Za-z0-9._-]+", "-", self.id).strip("-.") or "prompt"
 
+    def arguments(self) -> dict[str, Any]:
+        """What a pipeline is called with."""
+        found = {"prompt": self.text, "negative_prompt": self.negative}
+        if self.image is not None:
+            found["image"] = self.image.load()
+        return {name: value for name, value in found.items() if value is not None}
 
-def choose_prompts(choice: str | None, model: str | None) -> tuple[Prompt, ...]:
+
+def choose_prompts(choice: str | None, model: str | None, negative: str | None = None) -> tuple[Prompt, ...]:
     """Choose prompts.
 
     Args:
         choice: A file, ``"all"`` for every prompt that ships with the package, or ``None`` for the first prompt of each
             of the first few categories.
         model: The model that they are for; ``None``, the embedded one, has prompts of its own.
+        negative: Negative prompt of all that have none of their own.
 
     Raises:
         BadInput: If the file is missing, empty or not what it should be.
     """
-    if choice not in (None, "all"):
-        return read_prompts(Path(choice))
+    chosen = read_prompts(Path(choice)) if choice not in (None, "all") else _shipped(choice, model)
+    return tuple(replace(p, negative=negative) if p.negative is None else p for p in chosen)
+
+
+def _shipped(choice: str | None, model: str | None) -> tuple[Prompt, ...]:
     prompts = (
         _embedded_prompts() if model is None else read_prompts(Path(__file__).with_name("prompts.jsonl"))
     )
@@ -70,8 +87,9 @@ def choose_prompts(choice: str | None, model: str | None) -> tuple[Prompt, ...]:
 def read_prompts(path: Path) -> tuple[Prompt, ...]:
     """Read a file of prompts: JSON lines if its first line starts with a brace, plain lines otherwise.
 
-    A JSON line has ``prompt``, and may have ``id`` and ``category``. Other keys are not read; one that looks like a slip of
-    these, or that would change the video, is refused. Empty lines and plain lines that start with ``#`` are skipped.
+    A JSON line has ``prompt``, and may have ``id``, ``category``, ``negative_prompt`` and ``image``, a file beside this one
+    or elsewhere. Other keys are not read; one that looks like a slip of these, or that would change the video, is refused.
+    Empty lines and plain lines that start with ``#`` are skipped.
 
     Raises:
         BadInput: If there is nothing to read, or a line is not a prompt.
@@ -99,27 +117,40 @@ def _from_json(path: Path, number: int, line: str) -> Prompt:
         raise BadInput(f"prompts: {path}, line {number} is not JSON ({error.msg})") from None
     if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str) or not entry["prompt"].strip():
         raise BadInput(f'prompts: {path}, line {number} has no "prompt"')
+    for key in ("negative_prompt", "image"):
+        if key in entry and not isinstance(entry[key], str):
+            raise BadInput(
+                f"prompts: {path}, line {number}: {key} must be a text, got {json.dumps(entry[key])}"
+            )
     for key in entry.keys() - set(_KEYS):
-        if meant := difflib.get_close_matches(key, _KEYS, 1, 0.75):
-            raise BadInput(f"prompts: {path}, line {number} has a key {key!r}; did you mean {meant[0]}?")
+        meant = _OTHER_NAMES.get(key) or next(iter(difflib.get_close_matches(key, _KEYS, 1, 0.75)), None)
+        if meant:
+            raise BadInput(f"prompts: {path}, line {number} has a key {key!r}; did you mean {meant}?")
         if key in _CHANGES:
             raise BadInput(
                 f"prompts: {path}, line {number} has a {key}, which is not of a prompt here; remove it, "
                 "all prompts are made alike"
             )
-    return _prompt(entry, f"p{number:03}")
+    try:
+        return _prompt(entry, f"p{number:03}", path.parent)
+    except BadInput as error:
+        raise BadInput(f"prompts: {path}, line {number}: {error}") from None
 
 
-def _prompt(entry: dict[str, Any], default_id: str) -> Prompt:
+def _prompt(entry: dict[str, Any], default_id: str, folder: Path) -> Prompt:
     return Prompt(
-        str(entry.get("id", default_id)), str(entry.get("category", "any")), entry["prompt"].strip()
+        id=str(entry.get("id", default_id)),
+        category=str(entry.get("category", "any")),
+        text=entry["prompt"].strip(),
+        negative=entry.get("negative_prompt"),
+        image=Picture.find(folder / entry["image"]) if "image" in entry else None,
     )
 
 
 def _embedded_prompts() -> tuple[Prompt, ...]:
     from adamac import embedded
 
-    return tuple(_prompt(entry, f"p{place:03}") for place, entry in enumerate(embedded.prompts(), 1))
+    return tuple(_prompt(entry, f"p{place:03}", Path()) for place, entry in enumerate(embedded.prompts(), 1))
 
 
 def _first_of_each(prompts: tuple[Prompt, ...], categories: int) -> tuple[Prompt, ...]:

@@ -30,7 +30,13 @@ from adamac.bakeoff.errors import BadInput, one_line
 from adamac.bakeoff.generate import Video, generate
 from adamac.bakeoff.machine import machine_stamp
 from adamac.bakeoff.metrics.video import compare
-from adamac.bakeoff.pipelines import Pipeline, call_arguments, frames_per_second, load_pipeline
+from adamac.bakeoff.pipelines import (
+    Pipeline,
+    call_arguments,
+    check_prompts,
+    frames_per_second,
+    load_pipeline,
+)
 from adamac.bakeoff.rows import Row, append_row, read_rows, write_rows
 from adamac.bakeoff.videos import write_video
 from adamac.files import write_json, write_text
@@ -122,6 +128,7 @@ class _BakeOff:
         if self.config.compile:
             compile_blocks(self.pipe)
         self.arguments = call_arguments(self.pipe, self.config)
+        check_prompts(self.pipe, self.config.prompts, self.arguments)
         self.fps = frames_per_second(self.config)
         self.machine = machine_stamp(self.config.device)
         waiting = {name for name, _ in self.missing}

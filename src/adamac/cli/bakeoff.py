@@ -26,8 +26,9 @@ class Bakeoff:
 
     Attributes:
         model: Directory or hub id of a diffusers pipeline; the embedded one if not given.
-        prompts: File of prompts (JSON lines with "prompt", "category" and "id", or plain lines), or "all" for every
-            prompt that ships with adamac.
+        prompts: File of prompts (JSON lines with "prompt", and "category", "id", "negative_prompt" and "image" where you
+            want them, or plain lines), or "all" for every prompt that ships with adamac.
+        negative_prompt: Negative prompt of all prompts that have none of their own.
         arms: Which kinds of attention. dense, dense-math, dense-efficient, dense-flash, dense-cudnn, adacluster,
             adacluster-paper, svg2, sparsed, block-topk, tiles, oracle. dense is always run, since all are compared with
             it.
@@ -56,6 +57,7 @@ class Bakeoff:
 
     model: str | None = None
     prompts: str | None = None
+    negative_prompt: str | None = None
     arms: tuple[str, ...] = ("dense", "adacluster", "svg2")
     steps: int | None = None
     height: int | None = None
@@ -105,7 +107,7 @@ def bakeoff(options: Bakeoff, console: Console) -> int:
     arms = options.arms if REFERENCE in options.arms else (REFERENCE, *options.arms)
     config = Config(
         model=options.model,
-        prompts=choose_prompts(options.prompts, options.model),
+        prompts=choose_prompts(options.prompts, options.model, options.negative_prompt),
         arms=arms,
         seeds=options.seeds,
         steps=options.steps,
