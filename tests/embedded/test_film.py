@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import pytest
 
-from adamac.embedded import film
+from adamac.embedded.training import film
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import types
 import torch
 from transformers import UMT5Config, UMT5EncoderModel
 
-from adamac.embedded import reading
+from adamac.embedded.training import reading
 
 CUT = 9
 

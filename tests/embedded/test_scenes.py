@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from adamac.embedded import CATEGORIES, prompts, scenes, tokens
+from adamac.embedded import CATEGORIES, prompts
+from adamac.embedded.training import scenes, tokens
 
 SMALL = {"frames": 9, "height": 56, "width": 96}
 

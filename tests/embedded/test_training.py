@@ -12,9 +12,9 @@ import pytest
 import torch
 from diffusers import WanPipeline
 
-from adamac.embedded import dit, muon
-from adamac.embedded import vae as autoencoder
-from adamac.embedded.latents import LatentSet, sketch, thinned
+from adamac.embedded.training import dit, muon
+from adamac.embedded.training import vae as autoencoder
+from adamac.embedded.training.latents import LatentSet, sketch, thinned
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -158,7 +158,7 @@ def test_a_tiny_run_ends_with_weights_that_load(tmp_path):
         writer.write(np.full((56, 96, 3), 60 + 120 * (t // 30 % 2), np.uint8))
     writer.release()
     # A process of its own: the painters are forked, which must come before any thread is started.
-    command = [sys.executable, "-m", "adamac.embedded.train", "--tiny", "--workers", "1"]
+    command = [sys.executable, "-m", "adamac.embedded.training.train", "--tiny", "--workers", "1"]
     command += ["--film", str(tmp_path / "film.avi"), "--output", str(tmp_path)]
     command += [
         f"--{stage}-minutes=0.0001" for stage in ("reading", "vae", "sketch", "full", "distil", "layout")

@@ -4,7 +4,7 @@ It is a real text-to-video model of stock diffusers classes, trained by us on a 
 on Big Buck Bunny (CC BY 3.0), small enough to run on a processor: what adamac does to a production
 model can be tried, tested and measured on it without a download. ``MODEL_CARD.md`` says what it can do.
 
-Importing this module imports neither torch nor diffusers.
+Importing this module imports neither torch nor diffusers; how the model was trained is in :mod:`adamac.embedded.training`.
 """
 
 from __future__ import annotations

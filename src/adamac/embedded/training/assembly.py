@@ -14,7 +14,7 @@ from diffusers.pipelines.wan.pipeline_wan import WanPipeline
 from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 from transformers import PreTrainedTokenizerFast
 
-from adamac.embedded import dit
+from adamac.embedded.training import dit
 
 
 def pipeline(

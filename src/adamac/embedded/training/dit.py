@@ -24,7 +24,7 @@ import torch
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed, WanTransformer3DModel
 from transformers import UMT5Config, UMT5EncoderModel
 
-from adamac.embedded.muon import Muon
+from adamac.embedded.training.muon import Muon
 from adamac.ops.replay import Replayed
 
 logger = logging.getLogger(__name__)

@@ -6,9 +6,18 @@ from collections.abc import Callable
 
 import numpy as np
 
-from adamac.embedded.drawing import SHAPES
-from adamac.embedded.motions import WORLD_HEIGHT, Path, hold, within
-from adamac.embedded.script import SIZES, Script, Stage, Thing, article, choose, pick_background, two_colours
+from adamac.embedded.training.drawing import SHAPES
+from adamac.embedded.training.motions import WORLD_HEIGHT, Path, hold, within
+from adamac.embedded.training.script import (
+    SIZES,
+    Script,
+    Stage,
+    Thing,
+    article,
+    choose,
+    pick_background,
+    two_colours,
+)
 
 
 def interaction(rng: np.random.Generator, stage: Stage) -> Script:

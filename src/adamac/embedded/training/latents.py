@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from adamac.embedded import dit, scenes
+from adamac.embedded.training import dit, scenes
 
 
 @dataclasses.dataclass

@@ -1,9 +1,9 @@
-"""Train the embedded pipeline: ``python -m adamac.embedded.train --film FILE --output FOLDER``.
+"""Train the embedded pipeline: ``python -m adamac.embedded.training.train --film FILE --output FOLDER``.
 
 Four things happen in turn, each for a given number of minutes: the text encoder learns to read captions
-(:mod:`adamac.embedded.reading`); the autoencoder learns to compress clips; clips are painted, encoded and
+(:mod:`adamac.embedded.training.reading`); the autoencoder learns to compress clips; clips are painted, encoded and
 kept on the device; the transformer and its text encoder learn to denoise them, first what the first steps of
-sampling decide (what comes when and where), then sketches of a few latent frames (:mod:`adamac.embedded.dit`;
+sampling decide (what comes when and where), then sketches of a few latent frames (:mod:`adamac.embedded.training.dit`;
 many, quick), then whole clips with sketches in between, and at last what the network itself says under guidance,
 so that one forward a step is enough in use. A run can start from the weights of an earlier one (``--resume``); it
 then trains what it is given minutes for.
@@ -28,13 +28,13 @@ from rich.logging import RichHandler
 from transformers import PreTrainedTokenizerFast
 
 from adamac import embedded
-from adamac.embedded import assembly, dit, film, reading, scenes, tokens
-from adamac.embedded import vae as autoencoder
-from adamac.embedded.latents import sketch
-from adamac.embedded.material import HELD_OUT_SEED, TINY, Material, Size
-from adamac.embedded.rendering import Renderer, mixed_orders
+from adamac.embedded.training import assembly, dit, film, reading, scenes, tokens
+from adamac.embedded.training import vae as autoencoder
+from adamac.embedded.training.latents import sketch
+from adamac.embedded.training.material import HELD_OUT_SEED, TINY, Material, Size
+from adamac.embedded.training.rendering import Renderer, mixed_orders
 
-logger = logging.getLogger("adamac.embedded.train")
+logger = logging.getLogger("adamac.embedded.training.train")
 
 CROPPED_SHARE = 0.75
 """The autoencoder sees quarters of many clips for this share of its time, then whole frames."""

@@ -5,10 +5,18 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-from adamac.embedded import drawing
-from adamac.embedded.drawing import COLOURS
-from adamac.embedded.motions import within
-from adamac.embedded.script import NUMBER_WORDS, Painter, Script, Stage, article, choose, pick_background
+from adamac.embedded.training import drawing
+from adamac.embedded.training.drawing import COLOURS
+from adamac.embedded.training.motions import within
+from adamac.embedded.training.script import (
+    NUMBER_WORDS,
+    Painter,
+    Script,
+    Stage,
+    article,
+    choose,
+    pick_background,
+)
 
 
 def thin(rng: np.random.Generator, stage: Stage) -> Script:

@@ -122,7 +122,7 @@ def split_into_shots(count: int, cuts: list[int], captions: list[tuple[int, str]
 
 def shot_captions() -> list[tuple[float, str]]:
     """Our own captions of the film's shots: a second inside the shot, and what it shows."""
-    source = importlib.resources.files("adamac.embedded").joinpath("film_shots.json")
+    source = importlib.resources.files("adamac.embedded.training").joinpath("film_shots.json")
     return [(entry["second"], entry["caption"]) for entry in json.loads(source.read_text("utf-8"))]
 
 

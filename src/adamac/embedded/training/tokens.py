@@ -12,7 +12,7 @@ import string
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from adamac.embedded import film, scenes
+from adamac.embedded.training import film, scenes
 
 MAX_TOKENS = 64
 """Length to which prompts are padded, in training and in use."""

@@ -16,12 +16,12 @@ from collections.abc import Callable
 
 import numpy as np
 
-from adamac.embedded import drawing
-from adamac.embedded.drawing import BACKGROUNDS, COLOURS, HIDDEN_ON
-from adamac.embedded.mechanisms import thin
-from adamac.embedded.meetings import interaction
-from adamac.embedded.motions import MOTIONS, WORLD_HEIGHT, Path, hold, triangle_wave
-from adamac.embedded.script import NUMBER_WORDS, Script, Stage, Thing, choose, mover, pick_background
+from adamac.embedded.training import drawing
+from adamac.embedded.training.drawing import BACKGROUNDS, COLOURS, HIDDEN_ON
+from adamac.embedded.training.mechanisms import thin
+from adamac.embedded.training.meetings import interaction
+from adamac.embedded.training.motions import MOTIONS, WORLD_HEIGHT, Path, hold, triangle_wave
+from adamac.embedded.training.script import NUMBER_WORDS, Script, Stage, Thing, choose, mover, pick_background
 
 CATEGORIES = ("plain", "cut", "interaction", "thin", "small_fast", "text", "low_light", "reflection")
 """Ids of the categories, in the order in which they are reported."""

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from adamac.embedded import drawing
-from adamac.embedded.drawing import BACKGROUNDS, COLOURS, HIDDEN_ON, SHAPES
-from adamac.embedded.motions import MOTIONS, WORLD_HEIGHT, Path, move
+from adamac.embedded.training import drawing
+from adamac.embedded.training.drawing import BACKGROUNDS, COLOURS, HIDDEN_ON, SHAPES
+from adamac.embedded.training.motions import MOTIONS, WORLD_HEIGHT, Path, move
 
 SIZES = {"small ": 12.0, "": 18.0, "big ": 26.0}
 """Half extents in world units, by the word that goes before the colour."""

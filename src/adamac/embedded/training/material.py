@@ -12,10 +12,10 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from transformers import PreTrainedTokenizerFast
 
-from adamac.embedded import dit, film, scenes, tokens
-from adamac.embedded import vae as autoencoder
-from adamac.embedded.latents import LatentSet, sketch, thinned
-from adamac.embedded.rendering import Order, Renderer, mixed_orders
+from adamac.embedded.training import dit, film, scenes, tokens
+from adamac.embedded.training import vae as autoencoder
+from adamac.embedded.training.latents import LatentSet, sketch, thinned
+from adamac.embedded.training.rendering import Order, Renderer, mixed_orders
 
 FILM_SHARE = 0.03
 """Share of the film among the transformer's training clips. Its loss is ten times that of painted clips and

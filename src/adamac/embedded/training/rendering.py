@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import cv2
 import numpy as np
 
-from adamac.embedded import scenes
+from adamac.embedded.training import scenes
 
 SLOTS = 256
 _memory: np.ndarray | None = None
