@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,26 +151,25 @@ def _ratio(options: MoeBench, each: Timed, timed: list[Timed]) -> float:
 
 def _write(options: MoeBench, ranks: int, device: str, timed: list[Timed]) -> None:
     from adamac.bakeoff.machine import machine_stamp
+    from adamac.bench.rows_file import append_rows
 
     assert options.out is not None
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     stamp = {"benchmark": "moe_bench", "ranks": ranks, **machine_stamp(device)}
     shape = {
         name: getattr(options, name) for name in ("hidden", "experts", "top_k", "ratio", "tokens", "dtype")
     }
-    with options.out.open("a", encoding="utf-8") as file:
-        for each in timed:
-            row = {
-                "preset": each.case.name,
-                "dispatcher": each.case.dispatcher,
-                "backward": each.case.backward,
-            }
-            times = (
-                {f"p{p}_ms": round(each.percentile_ms(p), 6) for p in (20, 50, 80)} if each.samples_ms else {}
-            )
-            found = times | {
-                "n": len(each.samples_ms),
-                "bytes_sent": each.bytes_sent,
-                "problem": each.problem,
-            }
-            file.write(json.dumps(stamp | shape | row | found) + "\n")
+    append_rows(options.out, (stamp | shape | _row(each) for each in timed))
+
+
+def _row(each: Timed) -> dict[str, Any]:
+    """What was found of one layer and pass; times only if it was timed."""
+    times = {f"p{p}_ms": round(each.percentile_ms(p), 6) for p in (20, 50, 80)} if each.samples_ms else {}
+    return {
+        "preset": each.case.name,
+        "dispatcher": each.case.dispatcher,
+        "backward": each.case.backward,
+        **times,
+        "n": len(each.samples_ms),
+        "bytes_sent": each.bytes_sent,
+        "problem": each.problem,
+    }
