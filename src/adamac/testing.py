@@ -1,8 +1,6 @@
 """Help for testing an attention kernel or a method: one rule for numerical error, tensors and plans to try it on.
 
-The rule. A reference in higher precision says what is right, and the same computation done eagerly in the input's dtype says
-how much error that dtype costs anyway. An implementation may err at most about twice as much as the eager computation does,
-plus the rounding of its result. No test has a tolerance of its own.
+The rule is :mod:`adamac.ops.error_budget`'s. No test has a tolerance of its own.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ from adamac.ops.segment import Segments, segment_mean
 
 
 def assert_within_error_budget(output: Tensor, oracle64: Tensor, eager: Tensor) -> None:
-    """Hold an implementation to the rule of this module, in its root mean square error and in its largest error.
+    """Hold an implementation to the rule of :mod:`adamac.ops.error_budget`, in its root mean square error and in its largest error.
 
     Args:
         output: What the implementation computed.

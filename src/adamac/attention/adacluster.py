@@ -50,30 +50,35 @@ _MIN_STAGE = 16
 class AdaCluster:
     """Sparse attention by clusters of queries and keys.
 
+    Without arguments: our settings, which compensate what is skipped and read 10 % of the keys. :meth:`paper` gives the paper's.
+
     Attributes:
-        query_clusters: Clusters of the queries of each head; ``None`` means the root of the number of video tokens (66 at
-            4,368 tokens, 275 at 75,600).
-        key_clusters: Clusters of the keys of each head, before stages for outliers if there are any; ``None`` means 4 times
-            the root (264 and 1,100): every row reads every centroid, so twice the tokens should not get twice as many.
-        max_key_clusters: The most that stages may bring the keys of a head to; ``None`` means 1.5 times ``key_clusters``.
-        hard_layers: What becomes of a layer that would need more: ``"dense"`` leaves it dense for the whole video, as
-            the paper does; ``"sparse"`` goes on with as many as it may have, which compensation can afford.
-        outlier_factor: A key is an outlier, for which there are stages, if it is farther from its centroid than this many
-            times the layer's mean distance in the first sparse step (the paper: 1.5). Infinity means no stages: every layer
-            gets ``key_clusters``, which errs less than as many that came in stages.
+        query_clusters: Clusters of the queries of each head; ``None`` means the square root of the number of video tokens (66
+            at 4,368 tokens, 275 at 75,600).
+        key_clusters: Clusters of the keys of each head; ``None`` means 4 times that root (264 and 1,100). Every row reads every
+            centroid, so twice the tokens should not get twice as many. With a finite ``outlier_factor``, the number that the
+            first stage has.
+        max_key_clusters: The most that further stages may bring ``key_clusters`` to; ``None`` means 1.5 times as many.
+        outlier_factor: Keys farther from their centroid than this many times the layer's mean distance get further clusters,
+            stage by stage, in the first sparse step (the paper: 1.5). Infinity means no stages: every layer gets
+            ``key_clusters``, which gives a smaller error than as many that came in stages.
         angular: Cluster queries by angle (spherical k-means), as the paper does, or by distance.
-        metric: What angles and distances are measured by: ``"logits"``, by how differently the other side of the head's
-            attention sees two tokens (:mod:`adamac.attention.logit_metric`), or ``"tokens"``, as the paper does, by the
-            tokens themselves.
-        score: How key clusters are ranked; see :mod:`adamac.attention.select`. ``None`` means ``"residual"`` if skipped
-            clusters are compensated and ``"moment"`` if not: a single far token's cluster has no residual, and would not be
-            read although nothing stands for it.
+        metric: What angles and distances are measured by. ``"tokens"``: the tokens themselves, as in the paper. ``"logits"``:
+            how differently the other side of the head's attention sees two tokens (:mod:`adamac.attention.logit_metric`).
+        score: How key clusters are ranked; see :mod:`adamac.attention.select`. ``None`` means ``"residual"`` with
+            ``compensate`` and ``"moment"`` without: a cluster of a single far token has no residual, and would be skipped
+            although nothing stands for it.
         budget: How much each query cluster reads: :class:`Tokens`, :class:`TopK` or :class:`TopP`.
-        compensate: Let skipped clusters enter the softmax through their means.
-        first_iterations: Lloyd iterations of every stage in the first sparse step.
-        iterations: Lloyd iterations of a later step.
+        compensate: Let skipped clusters enter the softmax through their mean key and mean value.
+        hard_layers: What happens to a layer that would need more than ``max_key_clusters``: ``"dense"`` leaves it dense for the
+            whole video, as the paper does; ``"sparse"`` goes on with ``max_key_clusters``, which compensation can afford.
+        first_iterations: Lloyd iterations in the first sparse step, in each stage.
+        iterations: Lloyd iterations in a later step.
         recluster_every: Make new clusters every so many steps; in between only means and selection are new.
         seed: Chooses the tokens that k-means starts from.
+
+    Raises:
+        ValueError: If a setting is out of range, or two of them contradict each other.
     """
 
     query_clusters: int | None = None
@@ -148,7 +153,11 @@ class AdaCluster:
             previous: The plan of this layer's last step, to start from.
 
         Returns:
-            A plan; a dense one, with its reason, if the keys do not cluster.
+            A plan; a dense one, with its reason, if the keys need more than ``max_key_clusters`` and ``hard_layers`` is
+            ``"dense"``.
+
+        Raises:
+            ValueError: If query, key and layout do not fit each other, or ``previous`` is no plan.
         """
         layout = layout or Layout.video_only(query.shape[-2])
         check_attention_inputs(query, key, layout)

@@ -70,7 +70,7 @@ def attend(
         float32 (float64 for float64), ``-inf`` for padded rows.
 
     Raises:
-        ValueError: If the tensors do not fit each other or the plan, or the plan is none.
+        ValueError: If the tensors do not fit each other or the plan, or ``plan`` is no :class:`Plan`.
     """
     if not isinstance(plan, Plan):
         raise ValueError(

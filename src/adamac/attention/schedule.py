@@ -1,7 +1,7 @@
 """Which steps and layers stay dense.
 
-Early steps decide what the video will show and are the least sparse, so most methods leave them dense; users report that a
-dense last step removes glitches; the first layer often resists. All three are for the user to set.
+Early steps decide what the video will show and are the least sparse, so most methods leave them dense. Users report that a
+dense last step removes glitches, and that the first layer often tolerates sparsity badly. All three are for the user to set.
 """
 
 from __future__ import annotations
@@ -22,8 +22,11 @@ class Schedule:
         first: Dense steps at the start: a count (int), or a share of the steps (float), rounded up.
         last: Dense steps at the end, likewise.
         layers: Dense layers, by index; negative ones count from the end.
-        min_tokens: Sequences with fewer video tokens stay dense: planning would cost more than it saves. ``None`` means
-            where the two were measured to meet on such a device (:mod:`adamac.attention.crossover`).
+        min_tokens: Sequences with fewer video tokens stay dense, because planning would cost more than it saves. ``None`` means
+            the crossover that was measured on such a device (:mod:`adamac.attention.crossover`); 0 means never.
+
+    Raises:
+        ValueError: If a number is negative, a share is above 1, or ``layers`` is no tuple of indices.
     """
 
     first: int | float = 0.1

@@ -185,7 +185,7 @@ Budget = TopK | Tokens | TopP
 
 
 def check_budget(method: object) -> None:
-    """Refuse a method whose budget is none: a bare share, for instance."""
+    """Refuse a method whose budget is not one: a bare share, for instance."""
     budget = getattr(method, "budget", None)
     if not (hasattr(budget, "reads") and hasattr(budget, "max_reads")):
         share = f"; a share of the keys is Tokens({budget})" if isinstance(budget, float) else ""

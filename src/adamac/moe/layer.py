@@ -46,7 +46,7 @@ class MoE(nn.Module):
     Attributes:
         dispatcher: What moves its rows.
         dispatcher_reason: Why it is this one, in words; a printed layer says so too.
-        losses: The auxiliary losses of the last forward pass by name, unweighted.
+        losses: The auxiliary losses of the last forward pass by name, unweighted; see :meth:`auxiliary_loss`.
         traffic: Bytes that this rank sent in the last forward pass and its backward.
         routing: That of the last forward pass, without gradients.
         clock: What the stages are timed with; nothing by default.
@@ -68,18 +68,18 @@ class MoE(nn.Module):
         """Build and initialise the layer from torch's random numbers.
 
         Args:
-            config: Its shape.
+            config: The layer's shape.
             dispatcher: ``"local"``, ``"all_to_all"``, ``"per_rank"``, ``"all_gather"``; or ``"auto"``, which on several ranks
                 takes the one that is predicted to be fastest on ``machine`` or, if none is given, the simplest of those that
                 send the fewest bytes. Chosen once, here.
-            group: The ranks that its experts are spread over; ``None`` means that all are here.
+            group: The ranks that the experts are spread over; ``None`` means that all are on this rank.
             machine: Constants of this machine, as ``adamac advise moe --measure --out`` writes them, for ``"auto"`` alone; on
                 all ranks of the group or on none. The first rank's count, and the others are told what it chose.
-            tokens: On each rank, that ``"auto"`` reckons with; the layer takes any number.
+            tokens: Number of tokens on each rank that ``"auto"`` assumes; the layer takes any number.
             chunks: Parts that the tokens are sent in, so that the experts work on one while the next travels.
-            impl: Of the experts, see :func:`adamac.ops.grouped_mlp.grouped_mlp`.
-            device: Of the parameters.
-            dtype: Of the parameters.
+            impl: How the experts are computed, see :func:`adamac.ops.grouped_mlp.grouped_mlp`.
+            device: Where the parameters are.
+            dtype: Dtype of the parameters.
 
         Raises:
             ValueError: If the experts cannot be spread evenly, the dispatcher does not fit, or the machine has no constants of
@@ -114,8 +114,8 @@ class MoE(nn.Module):
 
         Args:
             x: ``[..., hidden]``; ranks may have different numbers of tokens, and none.
-            routing: Of these tokens, in place of the router's, on all ranks or none; for measurements, and to repeat a pass.
-                That its experts exist is looked at on a CPU alone, as a GPU would have to be waited for.
+            routing: Used for these tokens in place of the router's, on all ranks or none; for measurements, and to repeat a pass.
+                Whether its experts exist is checked on a CPU alone, as the check would wait for a GPU.
 
         Returns:
             Like ``x``; the residual is not added.

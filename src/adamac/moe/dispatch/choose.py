@@ -66,7 +66,7 @@ def choose(
         tokens: On each rank, that ``"auto"`` reckons with.
 
     Raises:
-        ValueError: If the name is unknown or does not fit the group, the machine is none or lacks a constant, or there are no
+        ValueError: If the name is unknown or does not fit the group, the machine is no :class:`Machine` or lacks a constant, or there are no
             tokens.
     """
     if name not in get_args(DispatcherName):
@@ -102,7 +102,7 @@ def resolve(
         tokens: On each rank.
 
     Raises:
-        ValueError: If the experts cannot be spread, the machine is none or lacks a constant, or there are no tokens.
+        ValueError: If the experts cannot be spread, the machine is no :class:`Machine` or lacks a constant, or there are no tokens.
     """
     _check(machine, tokens)
     return _by_bytes(config, ranks, tokens) if machine is None else _by_time(config, ranks, tokens, machine)
