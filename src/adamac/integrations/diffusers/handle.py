@@ -19,7 +19,7 @@ from adamac.integrations.diffusers.ledger import Call, Ledger, Report
 from adamac.integrations.diffusers.padding import TextLengths
 from adamac.integrations.diffusers.parallel import Ranks, ranks_of
 from adamac.integrations.diffusers.refusals import check_arguments, check_back_end, check_free, check_layers
-from adamac.integrations.diffusers.seam import Attending, release, site_of
+from adamac.integrations.diffusers.seam import Attending, AttentionCall, release, site_of
 from adamac.ops import dense_attention
 from adamac.ops.cluster_attention import Impl, refused, resolve
 from adamac.ops.dense_attention.dispatch import wants_gradient
@@ -207,28 +207,19 @@ class Handle:
 
         return on_call
 
-    def _attention(
-        self,
-        layer: int,
-        video_tokens: int,
-        text_tokens: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        scale: float | None,
-    ) -> Tensor:
+    def _attention(self, layer: int, call: AttentionCall) -> Tensor:
         """Attend in place of ``scaled_dot_product_attention``."""
-        layout, problem = self._layout(video_tokens, text_tokens, query, key, mask)
+        layout, problem = self._layout(call)
         if problem is not None:
-            return self._unsupported(layer, problem, query, key, value, mask, scale)
+            return self._unsupported(layer, problem, call)
         assert layout is not None
+        query, key, value = call.query, call.key, call.value
         kept = self._kept_text(layout, query)
         if kept is None:
-            return self._attend(layer, layout, query, key, value, scale)
+            return self._attend(layer, layout, query, key, value, call.scale)
         layout = replace(layout, tokens=layout.video_tokens + kept, valid=None)
         parts = [tensor[:, :, : layout.tokens] for tensor in (query, key, value)]
-        attended = self._attend(layer, layout, parts[0], parts[1], parts[2], scale)
+        attended = self._attend(layer, layout, parts[0], parts[1], parts[2], call.scale)
         if layout.tokens == query.shape[2]:
             return attended
         # The model discards the rows of padding; zeros are as good as anything and never NaN.
@@ -298,17 +289,16 @@ class Handle:
         # What one call of the transformer was given says nothing of an attention module that is called by itself.
         self._text = None
 
-    def _layout(
-        self, video_tokens: int, text_tokens: int, query: Tensor, key: Tensor, mask: Tensor | None
-    ) -> tuple[Layout | None, str | None]:
+    def _layout(self, call: AttentionCall) -> tuple[Layout | None, str | None]:
         """Find out where video, text and padding are, or why that cannot be told."""
-        tokens = query.shape[2]
+        query, mask = call.query, call.mask
+        tokens, video_tokens, text_tokens = query.shape[2], call.video_tokens, call.text_tokens
         ranks = self._ranks
         if ranks is not None:  # the module was given a part of the sequence, and here it is whole
             video_tokens = tokens - text_tokens
             if query.shape[1] == ranks.heads:
                 return None, "the attention processor does not exchange heads between ranks"
-        if tokens != video_tokens + text_tokens or key.shape != query.shape:
+        if tokens != video_tokens + text_tokens or call.key.shape != query.shape:
             return None, "sequence is not video and text of this module (grouped heads?)"
         valid = None
         if mask is not None:
@@ -330,23 +320,16 @@ class Handle:
         group = None if ranks is None else ranks.group
         return Layout(tokens, start, start + video_tokens, valid, grid, group), None
 
-    def _unsupported(
-        self,
-        layer: int,
-        problem: str,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        scale: float | None,
-    ) -> Tensor:
+    def _unsupported(self, layer: int, problem: str, call: AttentionCall) -> Tensor:
         """Attend densely, as the model asked, and say why."""
         if self._strict:
             raise ValueError(f"layer {layer}: {problem}")
         self._record(layer, f"unsupported: {problem}", impl="native")
         sdpa = torch.nn.functional.scaled_dot_product_attention
         return self._ledger.timed(
-            "dense", query.device, lambda: sdpa(query, key, value, attn_mask=mask, scale=scale)
+            "dense",
+            call.query.device,
+            lambda: sdpa(call.query, call.key, call.value, attn_mask=call.mask, scale=call.scale),
         )
 
     def _bypassed(self, layer: int, problem: str) -> None:

@@ -21,7 +21,7 @@ import types
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,17 +40,39 @@ _sites: weakref.WeakValueDictionary[int, Site] = weakref.WeakValueDictionary()
 
 
 @dataclass(frozen=True)
+class AttentionCall:
+    """A call of ``scaled_dot_product_attention`` by a self-attention module.
+
+    Attributes:
+        query: ``[batch, heads, tokens, head_dim]``.
+        key: Like ``query``, as the model has it.
+        value: Like ``key``.
+        mask: What the model gave as ``attn_mask``.
+        scale: Multiplier on the logits; ``None`` means ``head_dim ** -0.5``.
+        video_tokens: How many of the tokens are video, as the module's arguments say.
+        text_tokens: How many are text, padding included.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    scale: float | None
+    video_tokens: int
+    text_tokens: int
+
+
+@dataclass(frozen=True)
 class Attending:
     """What a handle is to one module whose attention it plans.
 
     Attributes:
-        attend: Attends in place of ``scaled_dot_product_attention``, given layer, video tokens, text tokens, query, key,
-            value, mask and scale.
+        attend: Attends in place of ``scaled_dot_product_attention``, given the layer and the call.
         bypassed: Told the layer and the reason of a call that went past the seam.
         layer: Index of the module.
     """
 
-    attend: Callable[[int, int, int, Tensor, Tensor, Tensor, Tensor | None, float | None], Tensor]
+    attend: Callable[[int, AttentionCall], Tensor]
     bypassed: Callable[[int, str], None]
     layer: int
 
@@ -75,28 +97,19 @@ class Site:
     def __deepcopy__(self, memo: dict[int, Any]) -> Site:
         return self  # a copied module belongs to the same handle
 
-    def attend(
-        self,
-        video_tokens: int,
-        text_tokens: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        scale: float | None,
-    ) -> Tensor:
+    def attend(self, call: AttentionCall) -> Tensor:
         """Attend for this module, given what its rank holds of the sequence."""
-        device, plain = query.device.type, nullcontext()
-        query, key, value = _as_autocast(query, key, value)
+        device, plain = call.query.device.type, nullcontext()
+        query, key, value = _as_autocast(call.query, call.key, call.value)
         if torch.is_autocast_enabled(device):
             plain = torch.autocast(device, enabled=False)  # plans choose their own precision
         with plain:
             if self.exchange is None:
-                return self._attend(video_tokens, text_tokens, query, key, value, mask, scale)
-            heads = query.shape[1]
+                return self._attend(replace(call, query=query, key=key, value=value))
+            heads, text_tokens = query.shape[1], call.text_tokens
             query, key, value = self.exchange.to_heads(query, key, value, text_tokens)
             whole = query.shape[2] - text_tokens
-            attended = self._attend(whole, text_tokens, query, key, value, mask, scale)
+            attended = self._attend(replace(call, query=query, key=key, value=value, video_tokens=whole))
             return self.exchange.to_tokens(attended, heads, text_tokens)
 
     def bypassed(self, problem: str) -> None:
@@ -110,20 +123,11 @@ class Site:
         if self.attending is not None:
             self.attending.bypassed(self.attending.layer, problem)
 
-    def _attend(
-        self,
-        video_tokens: int,
-        text_tokens: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        scale: float | None,
-    ) -> Tensor:
+    def _attend(self, call: AttentionCall) -> Tensor:
         handle = self.attending
         if handle is None:
-            return _SDPA(query, key, value, attn_mask=mask, scale=scale)
-        return handle.attend(handle.layer, video_tokens, text_tokens, query, key, value, mask, scale)
+            return _SDPA(call.query, call.key, call.value, attn_mask=call.mask, scale=call.scale)
+        return handle.attend(handle.layer, call)
 
 
 def site_of(module: torch.nn.Module) -> Site:
@@ -217,7 +221,7 @@ def _run(
         if not _traced.seen:  # compiled code could not count it
             raise RuntimeError(_PAST_US)
         return output
-    mode = _ReplaceAttention(functools.partial(site.attend, video.shape[1], text_tokens))
+    mode = _ReplaceAttention(site, video.shape[1], text_tokens)
     with mode:
         output = forward(*args, **kwargs)
     if mode.problem is not None:
@@ -226,13 +230,11 @@ def _run(
 
 
 class _ReplaceAttention(TorchFunctionMode):
-    """Sends calls of ``scaled_dot_product_attention`` elsewhere."""
+    """Sends calls of ``scaled_dot_product_attention`` to a module's site."""
 
-    def __init__(
-        self, attention: Callable[[Tensor, Tensor, Tensor, Tensor | None, float | None], Tensor]
-    ) -> None:
+    def __init__(self, site: Site, video_tokens: int, text_tokens: int) -> None:
         super().__init__()
-        self._attention = attention
+        self._site, self._tokens = site, (video_tokens, text_tokens)
         # Why attention went past us; stays if scaled_dot_product_attention is never called.
         self.problem: str | None = _PAST_US
 
@@ -246,9 +248,8 @@ class _ReplaceAttention(TorchFunctionMode):
         self.problem = _problem({flag: named.get(flag) for flag in _FLAGS})
         if self.problem is not None:
             return func(*args, **kwargs)
-        return self._attention(
-            named["query"], named["key"], named["value"], named.get("attn_mask"), named.get("scale")
-        )
+        parts = (named["query"], named["key"], named["value"], named.get("attn_mask"), named.get("scale"))
+        return self._site.attend(AttentionCall(*parts, *self._tokens))
 
 
 class _TracedAttention(TorchFunctionMode):
@@ -322,7 +323,7 @@ def site_attention(
     flags: dict[str, Any] = dict(zip(_FLAGS, (dropout, causal, grouped), strict=True))
     problem = _problem(flags)
     if site is not None and problem is None:
-        output = site.attend(video_tokens, text_tokens, query, key, value, mask, scale)
+        output = site.attend(AttentionCall(query, key, value, mask, scale, video_tokens, text_tokens))
     else:
         if site is not None and problem is not None:
             site.bypassed(problem)
