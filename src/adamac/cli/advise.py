@@ -41,18 +41,18 @@ class Advise:
         what: The kind of layer.
         hidden: Width of the model.
         experts: Experts of the fine-grained layer, on all ranks together.
-        top_k: Experts that a token takes.
-        latent: Width of the rows that travel.
+        top_k: Experts per token.
+        latent: Width of the rows that the compared layer sends.
         ffn: Inner width of a fine-grained expert; latent if not given.
         preset: What is compared with the fine-grained layer: bigmac, bigmac_stable, latent_eff or latent_acc.
         gated: Experts of three matrices (SwiGLU).
         shared_ffn: Inner width of an expert that all tokens take, on both sides.
-        tokens: On each rank.
-        ranks: Over which the experts are spread; if not given, with --measure those that take part, with --machine those
+        tokens: Tokens on each rank.
+        ranks: Ranks that the experts are spread over; if not given, with --measure those that take part, with --machine those
             that the file was measured on, else 8.
-        backward: Both passes, as in training.
-        bandwidth: GB/s that a rank sends at in a collective, one way, within a node.
-        latency: Microseconds of a collective.
+        backward: Predict forward and backward, as in training; forward alone if not given.
+        bandwidth: GB/s that a rank sends in a collective, one way, within a node.
+        latency: Latency of a collective in microseconds.
         flops: TFLOP/s of a large matrix product.
         grouped_flops: TFLOP/s of the experts' products.
         memory_bandwidth: GB/s of the device's memory, read and written together.
@@ -60,8 +60,8 @@ class Advise:
         measure: Measure this machine first (with torchrun: its ranks and what is between them), then compare predictions
             with the layer itself.
         out: File to write the machine to.
-        nodes: Nodes that the ranks are on, each with as many; more than one makes it a projection.
-        node_bandwidth: GB/s that a rank sends at to other nodes, one way, while its neighbours do.
+        nodes: Number of nodes, with equally many ranks each; more than one makes the answer a projection.
+        node_bandwidth: GB/s that a rank sends to other nodes, one way, while its neighbours send too.
         device: What to measure: "auto", "cpu", "cuda" or "cuda:1".
     """
 

@@ -40,7 +40,7 @@ class Bakeoff:
         fps: Frames a second of the video files.
         seeds: Every prompt is made once for each seed.
         keep: Share of the video tokens that every sparse arm reads, over 0 up to 1, in place of its own budget.
-        dense_first: Dense steps at the start of every sparse arm: a number of them, or a share with a point (0.1).
+        dense_first: Dense steps at the start of every sparse arm: an integer counts them, a decimal (0.1) is a share.
         dense_last: Dense steps at the end, likewise.
         dense_layers: Layers that stay dense, by index; negative ones count from the end.
         min_tokens: Videos of fewer tokens stay dense in every arm; 0 for none. If not given, those too small for sparse
@@ -49,10 +49,10 @@ class Bakeoff:
         dtype: "auto" (float32 on a CPU, bfloat16 elsewhere), "float32", "bfloat16" or "float16".
         compile: Compile the transformer's blocks (torch.compile) for every arm, dense too. The first video of each arm,
             which is thrown away, takes longer then.
-        setup: FILE.py:FUNCTION of your own that makes the loaded pipeline ready and puts it where it runs: LoRA, offload,
+        setup: FILE.py:FUNCTION of your own that prepares the loaded pipeline and moves it to its device: LoRA, offload,
             quantised weights, another scheduler.
         out: Directory for rows, videos, summary and report.
-        resume: Go on with the run that is in the directory.
+        resume: Continue the run that is in the directory.
     """
 
     model: str | None = None

@@ -41,36 +41,38 @@ class MoeTrain:
         data: Text files (.txt, .txt.xz), directories of them, or the data folder of another run. If not given: the
             documentation of Python, its standard library and torch, as installed.
         out: Directory for checkpoints, rows and prepared data.
-        resume: Go on with the run that is in the directory.
-        separator: What stands between two documents; if not given, paragraphs are gathered.
-        held_out: Share of documents that are held out.
+        resume: Continue the run that is in the directory.
+        separator: Text between two documents; if not given, paragraphs are gathered into documents.
+        held_out: Share of documents that are held out for evaluation.
         vocab: Size of the vocabulary; 257 means plain bytes. Another run's data keep theirs, and their held-out share.
         experts: Number of experts of the fine-grained baseline; vanilla has fewer, the latent shapes more.
-        top_k: Experts that a token takes, likewise of the baseline.
-        ratio: Narrow width as a share of the hidden width.
+        top_k: Experts per token, likewise of the baseline.
+        ratio: Latent width as a share of the hidden width.
         change: Fields of the expert layer that differ from the preset, as capacity=1.2 or gated=True.
-        layers: Blocks.
+        layers: Number of transformer blocks.
         heads: Attention heads.
-        hidden: Width.
-        context: Tokens of a training window.
-        steps: Updates.
-        batch: Windows of an update, over all ranks.
-        micro_batch: Windows that a rank computes at once; its whole share if not given.
-        lr: Highest learning rate.
-        warmup: Steps in which it rises.
+        hidden: Width of the model.
+        context: Tokens in a training window.
+        steps: Optimizer steps.
+        batch: Windows in an optimizer step, over all ranks.
+        micro_batch: Windows that a rank computes at once; its whole share of the batch if not given.
+        lr: Peak learning rate.
+        warmup: Steps over which the learning rate rises to its peak.
         eval_every: Steps between evaluations on held-out documents.
-        eval_tokens: Held-out tokens of an evaluation at most.
+        eval_tokens: The most held-out tokens that an evaluation reads.
         save_every: Steps between checkpoints.
-        log_every: Steps between rows.
-        seed: Of weights and order.
-        expert_ranks: Among how many ranks the experts are divided.
-        machine: File that adamac advise moe --measure --out wrote on as many ranks: how rows are sent to divided experts is
-            then what it predicts to be fastest, in place of what sends the fewest bytes. A resumed run goes on as it began.
-        layout: "replicated": what is no expert's is on every rank, whole. "sharded": every rank has a share of everything, and
-            of gradients and moments; slower, for models that would not fit. A run may go on with the other.
+        log_every: Steps between rows in rows.jsonl.
+        seed: Seed of the initial weights and of the order of windows.
+        expert_ranks: Number of ranks that one set of experts is divided among (expert parallelism).
+        machine: File that adamac advise moe --measure --out wrote on as many ranks: tokens are then sent to divided experts by
+            the dispatcher that it predicts to be fastest, in place of the one that sends the fewest bytes. A resumed run keeps
+            the dispatcher that it began with.
+        layout: "replicated": parameters other than the experts' are whole on every rank. "sharded": every rank has a share of
+            all parameters, gradients and moments (FSDP2); slower, for models that would not fit. A run may be resumed with
+            the other.
         device: "auto", "cpu", "cuda" or "cuda:1".
-        threads: Of a processor. Small models gain little from more than one, and lose much where cores are shared; the
-            result is the same to the bit for the same number.
+        threads: CPU threads. Small models gain little from more than one, and lose much where cores are shared; the result is
+            the same to the bit for the same number.
     """
 
     preset: str = "bigmac_stable"
@@ -112,11 +114,11 @@ class MoeGenerate:
     Attributes:
         directory: What was given to train as --out, or one of its checkpoints.
         prompt: One or more beginnings; an empty one, which is the default, begins a document.
-        tokens: How many tokens to add at most.
+        tokens: The most tokens to add.
         temperature: 0 takes the likeliest token, 1 samples from the model's distribution.
-        top_k: Sample from so many likeliest tokens; 0 from all.
+        top_k: Sample from this many likeliest tokens; 0 means all.
         samples: Continuations of each prompt.
-        seed: Of the first continuation; each further one has the next.
+        seed: Seed of the first continuation; each further one has the next.
         device: "auto", "cpu", "cuda" or "cuda:1".
     """
 

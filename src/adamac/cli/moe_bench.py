@@ -28,11 +28,11 @@ class MoeBench:
         preset: Shapes, the first of which the others are compared with.
         hidden: Width of the model.
         experts: Experts of the fine-grained baseline, on all ranks together.
-        top_k: Experts that a token takes, likewise.
-        ratio: Narrow width as a share of the hidden width.
-        tokens: On each rank.
-        dispatcher: all_to_all, per_rank, all_gather; every one if not given. On one rank there is local alone.
-        rounds: Turns of each layer.
+        top_k: Experts per token, likewise.
+        ratio: Latent width as a share of the hidden width.
+        tokens: Tokens on each rank.
+        dispatcher: all_to_all, per_rank, all_gather; all of them if not given. On one rank there is only local.
+        rounds: Timed rounds, in which all layers take turns.
         device: "auto", "cpu", "cuda" or "cuda:1".
         dtype: "auto" (float32 on a CPU, bfloat16 elsewhere), "bfloat16", "float16" or "float32".
         out: File that rows are added to, one JSON object a layer and pass.

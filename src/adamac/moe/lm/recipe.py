@@ -30,21 +30,21 @@ class Recipe:
         top_k: Likewise.
         ratio: Likewise.
         moe: Fields of :class:`adamac.moe.presets.MoEConfig` that differ from the preset.
-        layers: Blocks.
+        layers: Number of transformer blocks.
         heads: Attention heads.
-        hidden: Width.
-        context: Tokens of a training window, and the most that the model reads.
-        tied: Whether the output reads with the embedding's matrix.
-        steps: Updates.
-        batch: Windows of an update, over all ranks.
+        hidden: Width of the model.
+        context: Tokens in a training window, and the most that the model reads.
+        tied: Whether the output shares the embedding's matrix.
+        steps: Optimizer steps.
+        batch: Windows in an optimizer step, over all ranks.
         micro_batch: Windows that a rank computes at once; ``None`` is its whole share.
-        lr: Highest learning rate.
-        final_lr: Share of it that is left at the end.
-        warmup: Steps in which it rises.
-        weight_decay: Of matrices.
-        betas: Of Adam.
-        eps: Of Adam.
-        clip: Largest norm of a gradient.
+        lr: Peak learning rate.
+        final_lr: Share of the peak that is left at the end.
+        warmup: Steps over which the learning rate rises to its peak.
+        weight_decay: AdamW's, of matrices alone.
+        betas: AdamW's.
+        eps: AdamW's.
+        clip: Largest norm of the gradient.
         eval_every: Steps between evaluations; there is one at the end anyway.
         eval_tokens: Held-out tokens of an evaluation at most.
         save_every: Steps between checkpoints; there is one at the end anyway.
