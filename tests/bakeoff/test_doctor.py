@@ -11,6 +11,7 @@ from adamac.attention import crossover
 from adamac.bakeoff.config import Config
 from adamac.bakeoff.doctor import _check_sides, examine
 from adamac.bakeoff.errors import BadInput
+from adamac.bakeoff.pipelines import load_pipeline
 from adamac.integrations.diffusers.families import FAMILIES
 
 
@@ -40,6 +41,18 @@ def test_the_size_decides_whether_there_are_enough_tokens(tiny_model):
 def test_the_command_says_it_in_a_table(tiny_model, capsys):
     assert cli.main(["doctor", str(tiny_model)]) == 0
     assert "cross-attention" in capsys.readouterr().out
+
+
+def test_a_pipeline_of_the_second_transformer_alone_is_looked_at(tiny_model, monkeypatch):
+    pipe = load_pipeline(str(tiny_model), "cpu")
+    pipe.transformer_2, pipe.transformer = pipe.transformer, None
+    monkeypatch.setattr("adamac.bakeoff.doctor.load_pipeline", lambda *asked: pipe)
+    found = examine(config(tiny_model, frames=7, height=64, width=64))
+    assert found.tokens == 1024
+    assert [item.module for item in found.findings if item.sparse] == [
+        "transformer_2.blocks.0.attn1",
+        "transformer_2.blocks.1.attn1",
+    ]
 
 
 def test_where_there_is_no_gpu_it_says_what_a_hopper_would_do(tiny_model):

@@ -100,6 +100,34 @@ def test_company_before_and_after_enabling_gives_one_video_and_outlives_the_hand
     assert torch.equal(run(pipe, steps=6), without)
 
 
+@pytest.mark.parametrize("offload_first", [True, False])
+def test_offload_that_a_pipeline_puts_on_anew_after_every_video_leaves_us_in_place(offload_first):
+    schedule = Schedule(first=1, last=1, min_tokens=1)
+    plain = wan_pipe()
+    stock = run_wan(plain)
+    with enable(plain, SMALL, schedule) as handle:
+        expected, counted = run_wan(plain), handle.report().dense_calls
+    assert counted == {"schedule: first steps": 4, "schedule: last steps": 4}
+
+    pipe = wan_pipe()
+    if offload_first:
+        pipe.enable_model_cpu_offload(device="cpu")
+    for _ in range(2):
+        with enable(pipe, SMALL, schedule) as handle:
+            if not offload_first:
+                pipe.enable_model_cpu_offload(device="cpu")
+            for _ in range(3):
+                handle.clear()
+                assert torch.equal(run_wan(pipe), expected)
+                assert handle.report().dense_calls == counted
+            assert hasattr(pipe.transformer, "_hf_hook")
+        assert torch.equal(run_wan(pipe), stock)
+    with enable(pipe, SMALL, schedule):
+        pipe.remove_all_hooks()
+        assert torch.equal(run_wan(pipe), expected)
+    assert torch.equal(run_wan(pipe), stock)
+
+
 def test_attention_that_a_cache_skips_is_no_call_even_if_that_is_strictly_counted():
     pipe = wan_pipe()
     put_pyramid(pipe)

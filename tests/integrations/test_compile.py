@@ -154,3 +154,32 @@ def test_attention_that_goes_past_us_cannot_be_compiled_unnoticed(monkeypatch):
     pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
     with pytest.raises(Exception, match="does not call scaled_dot_product_attention"):
         tiny.run_wan(pipe)
+
+
+def test_gradients_through_compiled_blocks_are_refused_or_dense_with_a_reason():
+    inputs = dict(
+        hidden_states=torch.randn(1, 4, 3, 16, 20),
+        timestep=torch.tensor([500.0]),
+        encoder_hidden_states=torch.randn(1, 7, 16),
+    )
+
+    def gradient(transformer):
+        weight = transformer.blocks[0].attn1.to_q.weight
+        return torch.autograd.grad(transformer(**inputs).sample.square().sum(), weight)[0]
+
+    stock = gradient(tiny.wan_transformer())
+    transformer = tiny.wan_transformer()
+    with adamac.enable(transformer, METHOD, Schedule(first=0, min_tokens=0), num_steps=2) as handle:
+        for block in transformer.blocks:
+            block.compile(fullgraph=True, backend="aot_eager")
+        with torch.no_grad():
+            transformer(**inputs)
+        assert handle.report().sparse_calls == 2
+        with pytest.raises(Exception, match="gradients are wanted, which compiled attention does not give"):
+            gradient(transformer)
+        torch._dynamo.reset()
+        for block in transformer.blocks:
+            block.compile(backend="aot_eager")
+        torch.testing.assert_close(gradient(transformer), stock)
+        (reason,) = handle.report().dense_calls
+    assert "gradients are wanted" in reason

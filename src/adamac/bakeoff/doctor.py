@@ -17,7 +17,7 @@ from adamac.bakeoff.errors import BadInput, one_line
 from adamac.bakeoff.pipelines import Pipeline, call_arguments, load_pipeline
 
 if TYPE_CHECKING:
-    from adamac.integrations.diffusers import Finding
+    from adamac.integrations.diffusers import Family, Finding
 
 
 # Major compute capability.
@@ -91,7 +91,7 @@ def examine(config: Config) -> Examination:
     """
     from adamac.integrations.diffusers import UnsupportedModelError
     from adamac.integrations.diffusers import inspect as find
-    from adamac.integrations.diffusers.families import family_of
+    from adamac.integrations.diffusers.families import family_of, transformers_of
 
     pipe = load_pipeline(config.model, config.device, config.dtype)
     try:
@@ -100,9 +100,11 @@ def examine(config: Config) -> Examination:
         raise BadInput(f"model: {error}") from None
     asked_frames, height, width = _size(pipe, call_arguments(pipe, config))
     _check_sides(pipe, height, width)
-    size = _frames_made(pipe, asked_frames), height, width
-    tokens, schedule, shape = _tokens(pipe, *size), Schedule(), pipe.transformer.config
-    branches = 2 if family_of(pipe.transformer).guidance_in_batch else 1  # as by default, with guidance
+    transformer: Any = transformers_of(pipe)[0]  # the two of Wan 2.2 are alike
+    family = family_of(transformer)
+    size = _frames_made(pipe, family, asked_frames), height, width
+    tokens, schedule, shape = _tokens(pipe, family, transformer, *size), Schedule(), transformer.config
+    branches = 2 if family.guidance_in_batch else 1  # as by default, with guidance
     heads, head_dim = branches * shape.num_attention_heads, shape.attention_head_dim
     small = on_hopper = None
     if tokens is not None:
@@ -135,25 +137,27 @@ def _check_sides(pipe: Pipeline, height: int | None, width: int | None) -> None:
             raise BadInput(f"the model refuses these settings ({one_line(error)})") from None
 
 
-def _frames_made(pipe: Pipeline, frames: int | None) -> int | None:
+def _frames_made(pipe: Pipeline, family: Family, frames: int | None) -> int | None:
     """Frames that a video has when so many are asked for."""
-    from adamac.integrations.diffusers.families import family_of
-
-    if frames is None or not family_of(pipe.transformer).rounds_frames:
+    if frames is None or not family.rounds_frames:
         return frames
     factor = pipe.vae_scale_factor_temporal
     return frames if frames % factor == 1 else frames // factor * factor + 1
 
 
-def _tokens(pipe: Pipeline, frames: int | None, height: int | None, width: int | None) -> int | None:
+def _tokens(
+    pipe: Pipeline,
+    family: Family,
+    transformer: Any,
+    frames: int | None,
+    height: int | None,
+    width: int | None,
+) -> int | None:
     """Video tokens of a video, by the model's own arithmetic on latents that take no memory."""
-    from adamac.integrations.diffusers.families import family_of
-
     if frames is None or height is None or width is None:
         return None
-    family = family_of(pipe.transformer)
     latent_frames = (frames - 1) // pipe.vae_scale_factor_temporal + 1
     sides = (height // pipe.vae_scale_factor_spatial, width // pipe.vae_scale_factor_spatial)
     shape = (1, latent_frames, 1, *sides) if family.frames_first else (1, 1, latent_frames, *sides)
-    grid = family.grid(pipe.transformer, torch.empty(shape, device="meta"))
+    grid = family.grid(transformer, torch.empty(shape, device="meta"))
     return None if grid is None else grid[0] * grid[1] * grid[2]

@@ -145,10 +145,21 @@ def transformers_of(pipe_or_transformer: Any) -> list[torch.nn.Module]:
     Raises:
         UnsupportedModelError: If there is none.
     """
+    return list(transformers_by_name(pipe_or_transformer).values())
+
+
+def transformers_by_name(pipe_or_transformer: Any) -> dict[str, torch.nn.Module]:
+    """The denoising transformers by the names that pipelines have for them, of which Wan 2.2 may lack either.
+
+    Raises:
+        UnsupportedModelError: If there is none.
+    """
     if isinstance(pipe_or_transformer, torch.nn.Module):
-        return [_uncompiled(pipe_or_transformer)]
-    found = [getattr(pipe_or_transformer, name, None) for name in ("transformer", "transformer_2")]
-    transformers = [_uncompiled(module) for module in found if isinstance(module, torch.nn.Module)]
+        return {"transformer": _uncompiled(pipe_or_transformer)}
+    found = {name: getattr(pipe_or_transformer, name, None) for name in ("transformer", "transformer_2")}
+    transformers = {
+        name: _uncompiled(module) for name, module in found.items() if isinstance(module, torch.nn.Module)
+    }
     if not transformers:
         raise UnsupportedModelError(
             f"{type(pipe_or_transformer).__name__} has no transformer to make sparse; expected a diffusers pipeline of "

@@ -12,8 +12,8 @@ from diffusers.hooks import HookRegistry
 from torch import Tensor
 
 from adamac.attention import AdaCluster, Layout, Method, Plan, Schedule, attend
-from adamac.integrations.diffusers.clock import Clock, Moment
-from adamac.integrations.diffusers.families import family_of, transformers_of
+from adamac.integrations.diffusers.clock import UNNAMED, Clock, Moment
+from adamac.integrations.diffusers.families import family_of, transformers_by_name
 from adamac.integrations.diffusers.hooks import Listener, TransformerHook
 from adamac.integrations.diffusers.ledger import Call, Ledger, Report
 from adamac.integrations.diffusers.padding import TextLengths
@@ -96,7 +96,9 @@ class Handle:
         self.impl: Impl = impl
         self._strict = strict
         self.pipe = pipe
-        self._transformers = transformers_of(pipe)
+        named = transformers_by_name(pipe)
+        self._transformers = list(named.values())
+        self._guiders = [name.replace("transformer", "guider") for name in named]
         self._families = [family_of(transformer) for transformer in self._transformers]
         self._ledger = Ledger()
         self._clock = Clock(lambda: getattr(pipe, "scheduler", None), num_steps)
@@ -195,7 +197,7 @@ class Handle:
             if self._clock.starts_video(timestep):
                 self._forget_plans()
                 self._ledger.begin_video()
-            self._now = self._clock.tick(branch, timestep)
+            self._now = self._clock.tick(self._named(branch, index), timestep)
             self._grid = family.grid(transformer, arguments["hidden_states"])
             self._ranks = ranks_of(transformer, family)
             if self._ranks is not None and self._grid is not None:
@@ -207,9 +209,15 @@ class Handle:
 
         return on_call
 
+    def _named(self, branch: str, index: int) -> str:
+        """Name the branch of a modular pipeline, whose guider prepares the transformer for each branch of a step in turn."""
+        prepared = getattr(getattr(self.pipe, self._guiders[index], None), "_count_prepared", 0)
+        return f"guidance {prepared}" if branch == UNNAMED and prepared else branch
+
     def _attention(self, layer: int, call: AttentionCall) -> Tensor:
         """Attend in place of ``scaled_dot_product_attention``."""
         layout, problem = self._layout(call)
+        problem = problem or self._now.problem
         if problem is not None:
             return self._unsupported(layer, problem, call)
         assert layout is not None

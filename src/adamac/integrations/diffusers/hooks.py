@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.hooks import BaseState, StateManager
+from torch.utils.hooks import RemovableHandle
 
 from adamac.integrations.diffusers.clock import UNNAMED
 
@@ -34,8 +35,11 @@ class Listener:
 class TransformerHook(ModelHook):
     """Learns the branch from diffusers' cache context and announces each call of the transformer and its end.
 
-    It is stateful in diffusers' sense so that it is told the context, and that a pipeline is done. A hook that others were put
-    around cannot be removed without taking theirs along: it stays, :meth:`resting`, until it is wanted again.
+    It is stateful in diffusers' sense so that it is told the context, and that a pipeline is done. Calls it learns of by torch's
+    own hooks, not by a ``forward`` in front of the transformer's: a pipeline with ``enable_model_cpu_offload`` puts offload on
+    anew after every video, and accelerate then gives the transformer back the ``forward`` that it had before offload. A hook
+    that others were put around cannot be removed without taking theirs along: it stays, :meth:`resting`, until it is wanted
+    again.
     """
 
     _is_stateful = True
@@ -45,6 +49,7 @@ class TransformerHook(ModelHook):
         self._contexts = StateManager(BaseState)  # ty: ignore[invalid-argument-type]: it wants the class
         self._listener: Listener | None = None
         self._installed: Any = None
+        self._watched: list[RemovableHandle] = []
 
     @classmethod
     def of(cls, transformer: torch.nn.Module) -> TransformerHook | None:
@@ -61,6 +66,10 @@ class TransformerHook(ModelHook):
             hook = cls()
             HookRegistry.check_if_exists_or_initialize(transformer).register_hook(hook, _HOOK)
             hook._installed = vars(transformer)["forward"]
+            hook._watched = [
+                transformer.register_forward_pre_hook(hook._call_begins, with_kwargs=True),
+                transformer.register_forward_hook(hook._call_ended),
+            ]
         hook._listener = listener
 
     @classmethod
@@ -72,6 +81,8 @@ class TransformerHook(ModelHook):
         hook._listener = None
         if vars(transformer).get("forward") is hook._installed:
             HookRegistry.check_if_exists_or_initialize(transformer).remove_hook(_HOOK, recurse=False)
+            for watched in hook._watched:
+                watched.remove()
 
     @property
     def resting(self) -> bool:
@@ -80,20 +91,14 @@ class TransformerHook(ModelHook):
 
     # Where the whole transformer is compiled, the compiler would take what changes from call to call for constant.
     @torch.compiler.disable
-    def pre_forward(
-        self, module: torch.nn.Module, *args: Any, **kwargs: Any
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Announce the call with its arguments by name; they pass through."""
+    def _call_begins(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._listener is not None:
             self._listener.on_call(self._branch(), arguments_by_name(module, args, kwargs))
-        return args, kwargs
 
     @torch.compiler.disable
-    def post_forward(self, module: torch.nn.Module, output: Any) -> Any:
-        """Announce the end of the call; the output passes through."""
+    def _call_ended(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._listener is not None:
             self._listener.on_return()
-        return output
 
     def reset_state(self, module: torch.nn.Module) -> torch.nn.Module:
         """Called by diffusers when a pipeline is done."""

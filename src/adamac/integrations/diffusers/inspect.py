@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from adamac.integrations.diffusers.families import family_of, transformers_of
+from adamac.integrations.diffusers.families import family_of, transformers_by_name
 
 # Classes that attend, by the end of their names.
 _ATTENTION = ("Attention", "Attention2_0")
@@ -33,9 +33,8 @@ def inspect(pipe: Any) -> list[Finding]:
         UnsupportedModelError: If the model's family is unknown.
     """
     findings = []
-    for index, transformer in enumerate(transformers_of(pipe)):
+    for prefix, transformer in transformers_by_name(pipe).items():
         family = family_of(transformer)
-        prefix = "transformer" if index == 0 else f"transformer_{index + 1}"
         sparse = {name for name, _ in family.modules(transformer)}
         for name, module in transformer.named_modules():
             if name in sparse:

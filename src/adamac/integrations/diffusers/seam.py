@@ -28,10 +28,13 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from adamac.ops.dense_attention import wants_gradient
+
 if TYPE_CHECKING:
     from adamac.integrations.diffusers.exchange import Exchange
 
 _SDPA = torch.nn.functional.scaled_dot_product_attention
+_NO_GRADIENT = "gradients are wanted, which compiled attention does not give while adamac is enabled; use torch.no_grad(), or do not compile"
 _PAST_US = "the attention back end does not call scaled_dot_product_attention; set it to 'native'"
 
 # Sites by number, for compiled code. A number is a tensor: a plain one would be compiled in, and each layer compiled anew.
@@ -269,6 +272,10 @@ class _TracedAttention(TorchFunctionMode):
         self.seen = True
         named = _named(args, kwargs)
         query, key, value = _as_autocast(named["query"], named["key"], named["value"])
+        if wants_gradient(
+            query, key, value
+        ):  # the operator has none, and below it nothing tells that one is wanted
+            raise RuntimeError(_NO_GRADIENT)
         parts = (query, key, value, named.get("attn_mask"), named.get("scale"))
         flags = (named.get("dropout_p") or 0.0, bool(named.get("is_causal")), bool(named.get("enable_gqa")))
         return torch.ops.adamac.site_attention(*parts, *flags, *self.place)
