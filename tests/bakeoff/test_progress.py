@@ -41,3 +41,11 @@ def test_a_terminal_gets_a_bar_with_the_time_left():
     text = said(terminal=True)
     assert "svg2: plain, ball" in text
     assert "s left" in text
+
+
+def test_brackets_in_ids_and_categories_are_shown_as_they_are():
+    text = io.StringIO()
+    with ConsoleProgress(Console(file=text, force_terminal=True, width=100)) as progress:
+        progress.begins(1, 0)
+        progress.works_on("dense: [/red], [bold]fox")
+    assert "dense: [/red], [bold]fox" in text.getvalue()

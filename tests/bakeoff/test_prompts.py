@@ -60,7 +60,10 @@ def test_json_lines_and_plain_lines_are_told_apart(tmp_path):
         ),
         (b'{"prompt": "a", "guidance": 3}', "line 1 has a guidance, which is not of a prompt here"),
         (b'{"id": "x", "prompt": "a"}\n{"id": "x", "prompt": "b"}', "twice"),
-        (b'{"id": "x/y", "prompt": "a"}\n{"id": "x y", "prompt": "b"}', "twice"),
+        (b'{"id": "x/y", "prompt": "a"}\n{"id": "x y", "prompt": "b"}', "'x/y' and 'x y', whose files would"),
+        (b'{"id": "' + b"x" * 151 + b'", "prompt": "a"}', "too long to name files by"),
+        (b'{"id": ["x"], "prompt": "a"}', r'id must be a text, got \["x"\]'),
+        (b'[\n  {"prompt": "a"}\n]\n', "one JSON document"),
     ],
 )
 def test_a_file_that_holds_no_prompts_is_refused_in_one_line(tmp_path, content, problem):
@@ -70,6 +73,36 @@ def test_a_file_that_holds_no_prompts_is_refused_in_one_line(tmp_path, content, 
     with pytest.raises(BadInput, match=problem) as error:
         read_prompts(path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("front", ["\ufeff", "# mine\n", "\n \n"])
+def test_json_lines_are_known_behind_what_is_no_prompt(tmp_path, front):
+    path = tmp_path / "a.jsonl"
+    path.write_text(
+        front + '{"prompt": "a ball", "id": null}\n# a remark\n{"prompt": "a fox", "category": 7}\n', "utf-8"
+    )
+    first, second = read_prompts(path)
+    assert (first.text, first.category) == ("a ball", "any")
+    assert (second.text, second.category) == ("a fox", "7")
+    assert "None" not in first.id
+
+
+def test_a_mark_in_front_of_the_file_is_no_part_of_a_prompt(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("a ball\r\na fox\r\n", "utf-8-sig")
+    assert [prompt.text for prompt in read_prompts(path)] == ["a ball", "a fox"]
+
+
+def test_a_prompt_with_a_line_separator_in_it_is_one_prompt(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "a red\u2028ball\u0085moves"}', "utf-8")
+    assert [prompt.text for prompt in read_prompts(path)] == ["a red\u2028ball\u0085moves"]
+
+
+def test_ids_in_any_script_name_files_of_their_own(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "a", "id": "猫"}\n{"prompt": "b", "id": "犬"}', "utf-8")
+    assert [prompt.slug for prompt in read_prompts(path)] == ["猫", "犬"]
 
 
 def test_an_id_becomes_a_safe_file_name(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 from browser import NAMES, Browser, find
 from play import config_of
 
+from adamac import cli
 from adamac.bakeoff.config import RunDirectory
 from adamac.bakeoff.errors import BadInput
 from adamac.bakeoff.report import draw
@@ -32,6 +33,13 @@ def test_the_report_is_drawn_again_from_rows_alone(finished, tmp_path):
     shutil.move(finished.path, moved.path)
     draw(moved)
     assert moved.report.read_text() == first
+
+
+def test_the_command_names_a_folder_with_brackets_as_it_is(finished, tmp_path, capsys):
+    moved = tmp_path / "[bold]of[/red]"
+    shutil.move(finished.path, moved)
+    assert cli.main(["report", str(moved)]) == 0
+    assert f"report: {moved}/report/index.html" in capsys.readouterr().out
 
 
 def test_an_installed_package_has_no_commit_and_its_run_has_a_report(play, directory, progress, monkeypatch):

@@ -18,7 +18,7 @@ class ConsoleProgress:
         """Write to this console."""
         self._console = console
         self._bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),  # a prompt's id and category may hold brackets
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),

@@ -26,6 +26,8 @@ _CHANGES = (
     "width",
     "frames",
 )
+# Bytes of an id in the name of a video file, which most systems allow 255 in all.
+_LONGEST_SLUG = 150
 # Categories in a default run: enough to see that they differ, few enough for a coffee break on a laptop.
 DEFAULT_CATEGORIES = 4
 
@@ -51,7 +53,7 @@ class Prompt:
     @property
     def slug(self) -> str:
         """The id, fit for a file name."""
-        return re.sub(r"[^A-Za-z0-9._-]+", "-", self.id).strip("-.") or "prompt"
+        return re.sub(r"[^\w.-]+", "-", self.id).strip("-.") or "prompt"  # \w: letters of any script
 
     def arguments(self) -> dict[str, Any]:
         """What a pipeline is called with."""
@@ -89,24 +91,28 @@ def read_prompts(path: Path) -> tuple[Prompt, ...]:
 
     A JSON line has ``prompt``, and may have ``id``, ``category``, ``negative_prompt`` and ``image``, a file beside this one
     or elsewhere. Other keys are not read; one that looks like a slip of these, or that would change the video, is refused.
-    Empty lines and plain lines that start with ``#`` are skipped.
+    Empty lines and lines that start with ``#`` are skipped.
 
     Raises:
         BadInput: If there is nothing to read, or a line is not a prompt.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Some editors put a mark in front, which is no part of a prompt.
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"prompts: cannot read {path} ({_why(error)})") from None
-    numbered = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
-    if numbered and numbered[0][1].startswith("{"):
-        prompts = tuple(_from_json(path, number, line) for number, line in numbered)
+    # Not splitlines(), which would cut a prompt at a line separator within it.
+    lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1)]
+    lines = [(number, line) for number, line in lines if line and not line.startswith("#")]
+    if lines and lines[0][1].startswith("{"):
+        prompts = tuple(_from_json(path, number, line) for number, line in lines)
+    elif _is_json_list(text):
+        raise BadInput(f"prompts: {path} is one JSON document; expected a JSON object a line, or plain lines")
     else:
-        plain = [line for _, line in numbered if not line.startswith("#")]
-        prompts = tuple(Prompt(f"p{place:03}", "any", line) for place, line in enumerate(plain, 1))
+        prompts = tuple(Prompt(f"p{place:03}", "any", line) for place, (_, line) in enumerate(lines, 1))
     if not prompts:
         raise BadInput(f"prompts: {path} holds no prompt")
-    _check_unique(path, prompts)
+    _check_ids(path, prompts)
     return prompts
 
 
@@ -131,16 +137,29 @@ def _from_json(path: Path, number: int, line: str) -> Prompt:
                 f"prompts: {path}, line {number} has a {key}, which is not of a prompt here; remove it, "
                 "all prompts are made alike"
             )
+    for key in ("id", "category"):
+        if not isinstance(entry.get(key), str | int | None):
+            raise BadInput(
+                f"prompts: {path}, line {number}: {key} must be a text, got {json.dumps(entry[key])}"
+            )
     try:
         return _prompt(entry, f"p{number:03}", path.parent)
     except BadInput as error:
         raise BadInput(f"prompts: {path}, line {number}: {error}") from None
 
 
+def _is_json_list(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), list)
+    except json.JSONDecodeError:
+        return False
+
+
 def _prompt(entry: dict[str, Any], default_id: str, folder: Path) -> Prompt:
+    name, category = (entry.get(key) for key in ("id", "category"))
     return Prompt(
-        id=str(entry.get("id", default_id)),
-        category=str(entry.get("category", "any")),
+        id=default_id if name is None else str(name),
+        category="any" if category is None else str(category),
         text=entry["prompt"].strip(),
         negative=entry.get("negative_prompt"),
         image=Picture.find(folder / entry["image"]) if "image" in entry else None,
@@ -160,12 +179,22 @@ def _first_of_each(prompts: tuple[Prompt, ...], categories: int) -> tuple[Prompt
     return tuple(first.values())[:categories]
 
 
-def _check_unique(path: Path, prompts: tuple[Prompt, ...]) -> None:
-    seen: set[str] = set()
+def _check_ids(path: Path, prompts: tuple[Prompt, ...]) -> None:
+    """Refuse ids by which the files of two prompts, or of one, could not be named."""
+    seen: dict[str, str] = {}
     for prompt in prompts:
-        if prompt.slug in seen:
+        if len(prompt.slug.encode()) > _LONGEST_SLUG:
+            raise BadInput(
+                f"prompts: {path} has an id too long to name files by, {prompt.id[:20]!r}...; expected at most "
+                f"{_LONGEST_SLUG} bytes"
+            )
+        if (former := seen.get(prompt.slug)) == prompt.id:
             raise BadInput(f"prompts: {path} has the id {prompt.id!r} twice")
-        seen.add(prompt.slug)
+        if former is not None:
+            raise BadInput(
+                f"prompts: {path} has the ids {former!r} and {prompt.id!r}, whose files would have one name; change either"
+            )
+        seen[prompt.slug] = prompt.id
 
 
 def _why(error: Exception) -> str:
