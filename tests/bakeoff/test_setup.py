@@ -24,6 +24,9 @@ def other_scheduler(pipe):
 def fails(pipe):
     raise RuntimeError("no such adapter\nin the second line")
 
+def returns_a_number(pipe):
+    return 3
+
 not_a_function = 3
 """
 
@@ -80,6 +83,7 @@ def test_what_names_no_function_is_refused(text, message):
         ("absent", "has no function absent"),
         ("not_a_function", "has no function not_a_function"),
         ("fails", "fails raised RuntimeError: no such adapter$"),
+        ("returns_a_number", "returns_a_number returned int; expected a pipeline, or nothing"),
     ],
 )
 def test_a_function_that_is_not_there_or_fails_is_one_line(file, function, message):

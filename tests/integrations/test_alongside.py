@@ -14,8 +14,9 @@ import pytest
 import torch
 from accelerate.hooks import ModelHook as AccelerateHook
 from accelerate.hooks import add_hook_to_module
+from diffusers import UniPCMultistepScheduler, WanPipeline
 from diffusers.hooks import FasterCacheConfig, HookRegistry, ModelHook, PyramidAttentionBroadcastConfig
-from tiny import cogvideox_pipe, run_cogvideox, run_wan, wan_pipe
+from tiny import cogvideox_pipe, quiet, run_cogvideox, run_wan, wan_pipe
 
 from adamac.attention import AdaCluster, Schedule
 from adamac.integrations.diffusers import enable
@@ -272,3 +273,60 @@ def test_two_pipelines_in_two_threads_do_not_disturb_each_other():
     for index, video in enumerate(expected):
         assert len(found[index]) == 4
         assert all(torch.equal(each, video) for each in found[index])
+
+
+def test_two_threads_in_one_transformer_are_refused_and_the_first_goes_on_undisturbed():
+    pipe = wan_pipe()
+    other = quiet(
+        WanPipeline.from_pipe(pipe, scheduler=UniPCMultistepScheduler.from_config(pipe.scheduler.config))
+    )
+    begun: list[bool] = []
+    errors: list[Exception] = []
+
+    def from_another_thread(*_: Any) -> None:
+        def run() -> None:
+            try:
+                run_wan(other, seed=1)
+            except RuntimeError as error:
+                errors.append(error)
+
+        if not begun:
+            begun.append(True)
+            thread = threading.Thread(target=run)
+            thread.start()
+            thread.join()
+
+    with enable(pipe, SMALL, Schedule(first=1, last=1, min_tokens=1)) as handle:
+        video = run_wan(pipe)
+        watch = pipe.transformer.blocks[1].register_forward_pre_hook(from_another_thread)
+        assert torch.equal(run_wan(pipe), video)
+        watch.remove()
+        (error,) = errors
+        assert "from two threads at once" in str(error)
+        handle.clear()
+        thread = threading.Thread(target=lambda: run_wan(other, seed=1))  # one after the other is no trouble
+        thread.start()
+        thread.join()
+        assert handle.report().calls == 16
+        assert torch.equal(run_wan(pipe), video)
+
+
+def test_a_thread_whose_video_failed_leaves_the_transformer_to_others():
+    pipe = wan_pipe()
+    failures = []
+
+    def fail() -> None:
+        try:
+            run_wan(pipe)
+        except ZeroDivisionError as error:
+            failures.append(error)
+
+    with enable(pipe, SMALL, ALWAYS):
+        video = run_wan(pipe)
+        broken = pipe.transformer.blocks[1].register_forward_pre_hook(lambda *_: 1 / 0)
+        failed = threading.Thread(target=fail)
+        failed.start()
+        failed.join()
+        broken.remove()
+        assert len(failures) == 1
+        assert torch.equal(run_wan(pipe), video)

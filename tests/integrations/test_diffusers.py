@@ -538,6 +538,26 @@ def test_arguments_of_another_kind_are_refused_before_anything_is_changed(argume
     enable(pipe, SMALL, ALWAYS).disable()
 
 
+@pytest.mark.parametrize("schedule", [None, Schedule(first=0.5), Schedule(first=1, last=1)])
+def test_a_schedule_that_needs_a_number_of_steps_is_refused_where_nobody_tells_it(schedule):
+    transformer = wan_transformer()
+    with pytest.raises(ValueError, match="give num_steps, or a schedule of a number of first steps"):
+        enable(transformer, SMALL, schedule)
+    enable(transformer, SMALL, schedule, num_steps=4).disable()
+    enable(transformer, SMALL, Schedule(first=1)).disable()
+
+
+def test_a_method_that_makes_no_plan_is_named():
+    def thoughtless(query, key, *, layout, previous=None):
+        return None
+
+    with (
+        enable(wan_pipe(), thoughtless, ALWAYS) as handle,
+        pytest.raises(ValueError, match=r"must return a Plan.*got NoneType from .*thoughtless"),
+    ):
+        run_wan(handle.pipe)
+
+
 def test_enabling_twice_is_refused_and_changes_nothing():
     pipe = wan_pipe()
     with enable(pipe, SMALL, ALWAYS) as handle:

@@ -52,7 +52,7 @@ class Setup:
             load: Loads the pipeline; called only when the function was found.
 
         Raises:
-            BadInput: If the file has no such function, or either of them fails.
+            BadInput: If the file has no such function, either of them fails, or it returns what is no pipeline.
         """
         try:
             function = runpy.run_path(self.file).get(self.function)
@@ -65,4 +65,9 @@ class Setup:
             made = function(pipe)
         except Exception as error:
             raise BadInput(f"setup: {self.file}:{self.function} raised {one_line(error)}") from error
+        if made is not None and not callable(made):
+            raise BadInput(
+                f"setup: {self.file}:{self.function} returned {type(made).__name__}; expected a pipeline, or nothing if it "
+                "changed the one it was given"
+            )
         return pipe if made is None else made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
@@ -18,12 +19,22 @@ from adamac.integrations.diffusers.hooks import Listener, TransformerHook
 from adamac.integrations.diffusers.ledger import Call, Ledger, Report
 from adamac.integrations.diffusers.padding import TextLengths
 from adamac.integrations.diffusers.parallel import Ranks, ranks_of
-from adamac.integrations.diffusers.refusals import check_arguments, check_back_end, check_free, check_layers
+from adamac.integrations.diffusers.refusals import (
+    check_arguments,
+    check_back_end,
+    check_free,
+    check_layers,
+    check_steps,
+)
 from adamac.integrations.diffusers.seam import Attending, AttentionCall, release, site_of
 from adamac.ops import dense_attention
 from adamac.ops.cluster_attention import Impl, refused, resolve
 from adamac.ops.dense_attention.dispatch import wants_gradient
 
+_TWO_THREADS = (
+    "the transformer is called from two threads at once, but what adamac.enable keeps is of one video; use a pipeline with a "
+    "transformer of its own for each thread, or let them take turns, a video each"
+)
 _NO_GRADIENT = "gradients are wanted, which sparse attention does not give; use torch.no_grad()"
 
 
@@ -47,8 +58,10 @@ def enable(
         method: Turns query and key into a plan; ``None`` means ``AdaCluster()``.
         schedule: Which steps and layers stay dense; ``None`` means ``Schedule()``.
         impl: How plans are carried out; see :func:`adamac.attention.attend`.
-        num_steps: Steps of a video, needed only if a bare transformer is given and the schedule has shares of steps.
-        strict: Raise instead of running densely for a reason that is not the schedule's.
+        num_steps: Steps of a video, needed only if a bare transformer is given and the schedule, as the default does, has
+            shares of steps or dense last steps.
+        strict: Raise instead of running densely where what arrives cannot be made sparse ("unsupported" in the report). What
+            the schedule, the size or the method leaves dense stays so.
         compile: Compile the transformer's blocks in full graphs (``torch.compile``), which fuses what is not attention:
             norms, position embedding, modulation. On short models that is half of a step. Blocks that are compiled
             already stay as they are. The first step of each shape takes long, and output is no longer bit for bit that of
@@ -60,7 +73,7 @@ def enable(
     Raises:
         UnsupportedModelError: If the model's family is unknown or the installed diffusers is too old.
         ValueError: If the pipeline is enabled already, its attention back end cannot be reached, the schedule names a layer that
-            it has not, or an argument is of another kind.
+            it has not or needs a number of steps that nobody tells, or an argument is of another kind.
     """
     method = AdaCluster() if method is None else method
     schedule = Schedule() if schedule is None else schedule
@@ -111,11 +124,15 @@ class Handle:
         # Text tokens in front of the padding, and the shape of the mask that says so; None if padding stays.
         self._text: tuple[int, tuple[int, ...]] | None = None
         self._current = 0
+        self._door = threading.Lock()
+        self._caller: int | None = None  # the thread whose call of a transformer is in progress
         self._num_layers = [
             len(family.modules(transformer))
             for family, transformer in zip(self._families, self._transformers, strict=True)
         ]
         check_layers(schedule, max(self._num_layers))
+        if num_steps is None and getattr(pipe, "scheduler", None) is None:
+            check_steps(schedule)
         self._compiled: list[torch.nn.Module] = []
         self._install()
         if compile:
@@ -155,6 +172,7 @@ class Handle:
         """Forget all plans and begin to count steps anew. A pipeline's videos are told apart without it."""
         self._forget_plans()
         self._clock.restart()
+        self._caller = None
 
     def disable(self) -> None:
         """Take everything off again; the pipeline's output is bit-identical to before. May be called twice."""
@@ -182,7 +200,7 @@ class Handle:
             check_back_end(family, transformer)
             ranks_of(transformer, family)
         for index, (transformer, family) in enumerate(parts):
-            listener = Listener(self._announce(index), self._forget_text, self.new_video)
+            listener = Listener(self._announce(index), self._call_ended, self.new_video)
             TransformerHook.put_on(transformer, listener)
             for layer, (_, module) in enumerate(family.modules(transformer)):
                 site_of(module).attending = Attending(self._attention, self._bypassed, layer)
@@ -193,6 +211,10 @@ class Handle:
         transformer, family = self._transformers[index], self._families[index]
 
         def on_call(branch: str, arguments: dict[str, Any]) -> None:
+            with self._door:
+                if self._caller not in (None, threading.get_ident()):
+                    raise RuntimeError(_TWO_THREADS)
+                self._caller = threading.get_ident()
             timestep = arguments.get("timestep")
             if self._clock.starts_video(timestep):
                 self._forget_plans()
@@ -276,6 +298,10 @@ class Handle:
         plan = self._ledger.timed(
             "plan", query.device, lambda: self.method(query, key, layout=layout, previous=former)
         )
+        if not isinstance(plan, Plan):
+            raise ValueError(
+                f"the method must return a Plan, as AdaCluster() does, got {type(plan).__name__} from {self.method!r}"
+            )
         kept = plan.carried()
         if kept is not None:
             self._plans[place] = kept
@@ -293,9 +319,11 @@ class Handle:
         self._plans.clear()
         self._held.clear()
 
-    def _forget_text(self) -> None:
-        # What one call of the transformer was given says nothing of an attention module that is called by itself.
-        self._text = None
+    def _call_ended(self) -> None:
+        if self._caller == threading.get_ident():  # else it was refused, while another is in progress
+            self._caller = None
+            # What one call of the transformer was given says nothing of an attention module that is called by itself.
+            self._text = None
 
     def _layout(self, call: AttentionCall) -> tuple[Layout | None, str | None]:
         """Find out where video, text and padding are, or why that cannot be told."""

@@ -23,7 +23,7 @@ class Listener:
 
     Attributes:
         on_call: Told the guidance branch and the arguments by name when a call begins.
-        on_return: Told when it has ended.
+        on_return: Told when it has ended, well or by an exception.
         on_done: Told when a pipeline is done.
     """
 
@@ -68,7 +68,7 @@ class TransformerHook(ModelHook):
             hook._installed = vars(transformer)["forward"]
             hook._watched = [
                 transformer.register_forward_pre_hook(hook._call_begins, with_kwargs=True),
-                transformer.register_forward_hook(hook._call_ended),
+                transformer.register_forward_hook(hook._call_ended, always_call=True),
             ]
         hook._listener = listener
 

@@ -43,6 +43,19 @@ def check_layers(schedule: Schedule, num_layers: int) -> None:
         )
 
 
+def check_steps(schedule: Schedule) -> None:
+    """Refuse a schedule that needs the number of steps, where nothing tells it.
+
+    Raises:
+        ValueError: Saying what to give.
+    """
+    if isinstance(schedule.first, float) or schedule.last:
+        raise ValueError(
+            f"a transformer alone does not tell how many steps a video has, which {schedule!r} needs; give num_steps, or a "
+            "schedule of a number of first steps, as Schedule(first=5)"
+        )
+
+
 def check_free(transformer: torch.nn.Module) -> None:
     """Refuse a transformer that another handle holds.
 
