@@ -15,6 +15,7 @@ from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
 
 from rich.console import Console
+from rich.text import Text
 from tyro.conf import OmitArgPrefixes, Positional, subcommand
 
 from adamac.bakeoff.errors import BadInput
@@ -208,7 +209,7 @@ def moe_train(options: MoeTrain, console: Console) -> int:
         say(Console(stderr=True), f"{who}: {error}")
         return 1
     except KeyboardInterrupt:
-        console.print(f"broken off; go on with the same command and --resume: {options.out}", highlight=False)
+        say(console, f"broken off; go on with the same command and --resume: {options.out}")
         return 130
     finally:
         if not broken:  # else it would wait for the rank that is gone; the program's end sees to it
@@ -230,7 +231,7 @@ def moe_generate(options: MoeGenerate, console: Console) -> int:
     for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True), 1):
         if len(texts) > 1:  # texts have blank lines of their own
             console.print(f"[dim]{number} of {len(texts)}[/]", highlight=False)
-        console.print(f"[bold]{_plain(prompt)}[/]{_plain(text)}", highlight=False, soft_wrap=True)
+        console.print(Text.assemble((prompt, "bold"), text), soft_wrap=True)
         console.print()
     return 0
 
@@ -244,13 +245,12 @@ def moe_export(options: MoeExport, console: Console) -> int:
     _alone("export")
     disable_progress_bar()
     export(options.directory, options.to)
-    console.print(
+    say(
+        console,
         f"{options.to} is written; load it with\n"
         "  import adamac.integrations.transformers  # makes the model's class known\n"
         "  from transformers import AutoModelForCausalLM\n"
         f"  model = AutoModelForCausalLM.from_pretrained({str(options.to)!r})",
-        highlight=False,
-        soft_wrap=True,
     )
     return 0
 
@@ -259,13 +259,16 @@ def _tell(result: Result, options: MoeTrain, console: Console) -> None:
     """Say what was reached, show what the model writes, and how to have more of it."""
     tokens = min(SAMPLE_TOKENS, options.context - 1)
     text = _continue(MoeGenerate(options.out, tokens=tokens, device=options.device), [""])[0]
-    reached = (
-        f"{result.steps} steps in {duration(result.time_s)}: [bold]{result.bits_per_byte:.3f}[/] bits per byte of "
-        f"held-out text; knowing only how often each token occurs gives {result.unigram_bits_per_byte:.3f}"
+    reached = Text.assemble(
+        f"{result.steps} steps in {duration(result.time_s)}: ",
+        (f"{result.bits_per_byte:.3f}", "bold"),
+        " bits per byte of held-out text; knowing only how often each token occurs gives "
+        f"{result.unigram_bits_per_byte:.3f}",
     )
-    more = f"adamac moe generate {options.out} --prompt 'Return the'"
-    for line in (reached, f"a sample:\n[bold]{_plain(text)}[/]", f"more: {more}"):
-        console.print(line, highlight=False, soft_wrap=True)
+    # What a model writes may read like rich's markup: it is a Text, never a string.
+    for line in (reached, Text.assemble("a sample:\n", (text, "bold"))):
+        console.print(line, soft_wrap=True)
+    say(console, f"more: adamac moe generate {options.out} --prompt 'Return the'")
 
 
 def _continue(options: MoeGenerate, prompts: list[str]) -> list[str]:
@@ -344,7 +347,3 @@ def _alone(command: str) -> None:
     """Refuse to do on every rank what one process does."""
     if (ranks := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
         raise BadInput(f"{command} is one process, got {ranks} ranks; run it without torchrun")
-
-
-def _plain(text: str) -> str:
-    return text.replace("[", r"\[")

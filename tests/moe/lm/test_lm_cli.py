@@ -55,6 +55,15 @@ def test_train_generate_export(capsys, trained, tmp_path):
     assert (tmp_path / "hf" / "model.safetensors").exists()
 
 
+@pytest.mark.parametrize("written", [r"\[/b] owl", r"\[red]owl", "owl\\", ":owl: [owl]"])
+def test_text_that_reads_like_markup_is_shown_as_it_is(trained, monkeypatch, capsys, written):
+    monkeypatch.setattr("adamac.cli.moe._continue", lambda options, prompts: [written] * len(prompts))
+    assert cli.main(["moe", "generate", "out/moe", "--prompt", written]) == 0
+    assert f"{written}{written}\n" in capsys.readouterr().out
+    assert cli.main([*trained, "--resume"]) == 0
+    assert f"a sample:\n{written}\n" in capsys.readouterr().out
+
+
 def test_decoding_that_a_gpu_could_not_capture_says_why_in_a_line(trained, monkeypatch, capsys):
     def generate(model, prompts, *, watcher, **more):
         watcher(SimpleNamespace(captured=False, reason="it waits [always]"))
