@@ -6,10 +6,12 @@ import json
 
 import pytest
 import torch
+from rich.console import Console
 
 from adamac import cli
 from adamac.advise import race as racing
 from adamac.advise.bench import CPU, Bench, Case
+from adamac.cli.moe_bench import MoeBench, _table
 from adamac.moe import preset
 from adamac.testing import run_ranks
 
@@ -40,6 +42,17 @@ def test_layers_are_timed_and_their_rows_written(capsys, tmp_path):
         (name, both, 2) for name in ("fine_grained", "bigmac") for both in (False, True)
     ]
     assert all(row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"] for row in rows)
+
+
+def test_a_narrow_terminal_cuts_no_figure():
+    cases = [Case("bigmac_stable", preset("bigmac", 32, 8, 2), 40, "all_to_all", both) for both in (False, True)]
+    timed = [racing.Timed(case, (1234.5671, 1234.5672, 1234.5673), 98765 * 2**20) for case in cases]
+    console = Console(width=80, record=True)
+    console.print(_table(MoeBench(preset=("bigmac_stable",)), 2, timed))
+    printed = console.export_text()
+    assert "…" not in printed
+    assert printed.count("1234.567") == 6
+    assert printed.count("98765.00") == 2
 
 
 def raced(rank: int) -> list[tuple[str, int, float, str | None]]:
