@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import time
@@ -372,12 +373,23 @@ def ways_of_training(rank: int, config: MoEConfig) -> dict[str, float]:
         return [output.detach(), leaf.grad, *(parameter.grad.clone() for parameter in layer.parameters())]
 
     plain = learned(layer)
+    forward = layer.traffic.bytes_sent(direction="forward")
+    expected = layer.traffic.bytes_sent() + forward
+    counted = []
+    for reentrant in (False, True):
+        # What comes after the layer is needed too, so that all of it is run again.
+        block = functools.partial(
+            torch.utils.checkpoint.checkpoint, lambda x: layer(x).sin(), use_reentrant=reentrant
+        )
+        learned(block)
+        counted.append(layer.traffic.bytes_sent())
     again = learned(lambda x: torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False))
     with torch.no_grad():
         quiet = layer(x)
     layer.clock = StageClock()
     layer(x)
     return {
+        "bytes not counted": max(abs(expected - each) for each in counted),
         "recomputed": max(_largest(a - b) for a, b in zip(plain, again, strict=True)),
         "without gradients": _largest(quiet - plain[0]),
         "stages unseen": len(set(STAGES) - set(layer.clock.time_ms())),

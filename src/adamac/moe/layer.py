@@ -47,7 +47,8 @@ class MoE(nn.Module):
         dispatcher: What moves its rows.
         dispatcher_reason: Why it is this one, in words; a printed layer says so too.
         losses: The auxiliary losses of the last forward pass by name, unweighted; see :meth:`auxiliary_loss`.
-        traffic: Bytes that this rank sent in the last forward pass and its backward.
+        traffic: Bytes that this rank sent in the last forward pass and its backward, in which activation checkpointing sends
+            forward once more.
         routing: That of the last forward pass, without gradients.
         clock: What the stages are timed with; nothing by default.
     """
@@ -125,7 +126,8 @@ class MoE(nn.Module):
         """
         _check_input(x, self.config.hidden, self.descend)
         tokens, clock = x.reshape(-1, self.config.hidden), self.clock
-        meter = Meter(Traffic(), clock)
+        # Run once more by its own backward, it goes on counting where it left off.
+        meter = Meter(self.traffic if _in_backward() else Traffic(), clock)
         self.losses = {}
         if routing is None:
             with clock.stage("gate"):
@@ -161,7 +163,11 @@ class MoE(nn.Module):
         return parts[0] if len(parts) == 1 else torch.cat(parts), shared
 
     def auxiliary_loss(self) -> Tensor:
-        """The losses of the last forward pass, weighted as the configuration says and added up."""
+        """The losses of the last forward pass, weighted as the configuration says and added up.
+
+        Of a pass without gradients they have none either. That is so of the first pass of *reentrant* activation checkpointing,
+        which would train without them: checkpoint with ``use_reentrant=False``.
+        """
         weights = {"balance": self.config.balance_weight, "z": self.config.z_weight}
         total = torch.zeros((), device=self.router.weight.device)
         for name, loss in self.losses.items():
@@ -226,6 +232,11 @@ class MoE(nn.Module):
             f"top-{config.top_k}, {type(self.dispatcher).__name__} on {self.dispatcher.ranks} ranks "
             f"({self.dispatcher_reason})"
         )
+
+
+def _in_backward() -> bool:
+    """Whether autograd is at work on this thread: a forward pass is then one that activation checkpointing repeats."""
+    return torch._C._current_graph_task_id() != -1  # what torch's own checkpointing asks
 
 
 def _check_input(x: Tensor, hidden: int, descend: nn.Module) -> None:
