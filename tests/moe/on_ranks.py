@@ -255,6 +255,22 @@ def read_weights(rank: int, config: MoEConfig, expert_ranks: int, path: str, sha
     return _worst_of(original, model, lambda p: p)
 
 
+def drawn_in_shares(rank: int, config: MoEConfig, expert_ranks: int) -> float:
+    """Largest difference of a model that was built on no device, divided, and drawn last to one that was built on one rank."""
+    mesh = expert_mesh(expert_ranks)
+    original = Stack(config, None, torch.float32)
+    with torch.device("meta"):
+        model = Stack(config, expert_group(mesh), torch.float32)
+    model = shard(model, mesh).to_empty(device="cpu")
+    for each in (original, model):
+        for tensor in each.state_dict().values():  # what memory may hold
+            tensor.fill_(7)
+        torch.manual_seed(5)
+        each.first.reset_parameters()
+        each.second.reset_parameters()
+    return _worst_of(original, model, lambda p: p)
+
+
 def counted_bytes(
     rank: int, config: MoEConfig, sets: list[tuple[int, ...]]
 ) -> dict[tuple[str, bool], tuple[int, int]]:

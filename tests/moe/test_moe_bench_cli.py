@@ -45,7 +45,9 @@ def test_layers_are_timed_and_their_rows_written(capsys, tmp_path):
 
 
 def test_a_narrow_terminal_cuts_no_figure():
-    cases = [Case("bigmac_stable", preset("bigmac", 32, 8, 2), 40, "all_to_all", both) for both in (False, True)]
+    cases = [
+        Case("bigmac_stable", preset("bigmac", 32, 8, 2), 40, "all_to_all", both) for both in (False, True)
+    ]
     timed = [racing.Timed(case, (1234.5671, 1234.5672, 1234.5673), 98765 * 2**20) for case in cases]
     console = Console(width=80, record=True)
     console.print(_table(MoeBench(preset=("bigmac_stable",)), 2, timed))

@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from on_ranks import Stack, accumulated_casts_error, gradient_errors, read_weights, write_weights
+from on_ranks import (
+    Stack,
+    accumulated_casts_error,
+    drawn_in_shares,
+    gradient_errors,
+    read_weights,
+    write_weights,
+)
 
 from adamac.moe import MoE, preset
 from adamac.moe.weights import load_weights, save_weights
@@ -25,6 +32,11 @@ def test_gradients_on_a_grid_equal_those_of_one_rank(ranks, per_row):
 
 def test_experts_that_are_gathered_for_each_pass_keep_no_casts():
     assert run_ranks(accumulated_casts_error, 2, CONFIG) == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("expert_ranks", [1, 2, 4])
+def test_a_layer_in_shares_is_drawn_like_a_whole_one(expert_ranks):
+    assert run_ranks(drawn_in_shares, 4, CONFIG, expert_ranks) == [0.0] * 4
 
 
 def test_weights_of_four_ranks_are_read_by_two_and_by_one(tmp_path):

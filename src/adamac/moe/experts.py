@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from adamac.moe.presets import MoEConfig
+from adamac.moe.shares import written_whole
 from adamac.ops.grouped_mlp import MlpImpl, activate, check_fused, grouped_mlp
 from adamac.ops.grouped_mm import chosen, torch_waits
 
@@ -104,7 +105,7 @@ class Experts(nn.Module):
 
     @torch.no_grad()
     def draw(self, up_std: float, down_std: float, seed: int) -> None:
-        """Draw the matrices at random, each expert from a seed of its own.
+        """Draw the matrices at random, each expert from a seed of its own; the same where FSDP2 divides them.
 
         Args:
             up_std: Standard deviation of ``up``.
@@ -114,10 +115,11 @@ class Experts(nn.Module):
         if self.up.device.type == "meta":
             return
         generator = torch.Generator(self.up.device)
-        for index in range(len(self.up)):
-            generator.manual_seed(seed + self.first + index)
-            self.up[index].normal_(0, up_std, generator=generator)
-            self.down[index].normal_(0, down_std, generator=generator)
+        with written_whole(self.up, self.down) as (up, down):
+            for index in range(len(up)):
+                generator.manual_seed(seed + self.first + index)
+                up[index].normal_(0, up_std, generator=generator)
+                down[index].normal_(0, down_std, generator=generator)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from adamac.moe.dispatch import TOKENS, Meter, choose
 from adamac.moe.experts import Experts, SharedExpert
 from adamac.moe.presets import MoEConfig, local_experts
 from adamac.moe.routing import Router, Routing
+from adamac.moe.shares import written_whole
 from adamac.moe.timing import Clock
 from adamac.moe.traffic import Traffic
 from adamac.ops.grouped_mlp import MlpImpl
@@ -194,6 +195,9 @@ class MoE(nn.Module):
     def reset_parameters(self, residual_scale: float = 1.0) -> None:
         """Draw all matrices anew, and forget the bias of the choice.
 
+        The same numbers come out where FSDP2 has divided the matrices, as it does with a model that was built on ``"meta"``; a
+        rank then has room for each of them whole, one after another.
+
         Args:
             residual_scale: What the matrices that write to the residual are scaled by, usually ``(2 * layers) ** -0.5``.
                 With ``sound_init`` that is the outermost one alone; else, as the common code does, the experts' too.
@@ -205,15 +209,15 @@ class MoE(nn.Module):
 
         inner_scale = 1.0 if sound and config.latent is not None else residual_scale
         seed = int(torch.randint(2**62, (), device="cpu"))  # also where "meta" is the default device
-        nn.init.normal_(self.router.weight, std=std(config.hidden))
+        _draw(self.router.weight, std(config.hidden))
         self.experts.draw(std(config.width), std(config.ffn) * inner_scale, seed)
         if isinstance(self.descend, nn.Linear):
-            nn.init.normal_(self.descend.weight, std=std(config.hidden))
+            _draw(self.descend.weight, std(config.hidden))
         if isinstance(self.ascend, nn.Linear):
-            nn.init.normal_(self.ascend.weight, std=std(config.width) * residual_scale)
+            _draw(self.ascend.weight, std(config.width) * residual_scale)
         if self.shared is not None:
-            nn.init.normal_(self.shared.up.weight, std=std(config.hidden))
-            nn.init.normal_(self.shared.down.weight, std=std(config.shared_ffn) * residual_scale)
+            _draw(self.shared.up.weight, std(config.hidden))
+            _draw(self.shared.down.weight, std(config.shared_ffn) * residual_scale)
         if isinstance(self.norm, nn.RMSNorm):
             self.norm.reset_parameters()
         for held in (self.router.bias, self.router.load):
@@ -232,6 +236,11 @@ class MoE(nn.Module):
             f"top-{config.top_k}, {type(self.dispatcher).__name__} on {self.dispatcher.ranks} ranks "
             f"({self.dispatcher_reason})"
         )
+
+
+def _draw(matrix: Tensor, std: float) -> None:
+    with written_whole(matrix) as (whole,):
+        nn.init.normal_(whole, std=std)
 
 
 def _in_backward() -> bool:

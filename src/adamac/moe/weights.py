@@ -14,10 +14,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from adamac.files import force
 from adamac.moe.layer import MoE
+from adamac.moe.shares import put
 
 
 @torch.no_grad()
@@ -93,7 +94,7 @@ def load_weights(model: nn.Module, path: Path | str) -> None:
             else:
                 first, number = layer.experts.first, layer.config.num_experts // layer.dispatcher.ranks
                 value = file.get_slice(name)[first : first + number]
-            _put(tensor, value)
+            put(tensor, value)
 
 
 def _named(model: nn.Module) -> Iterator[tuple[str, Tensor, MoE | None]]:
@@ -139,11 +140,3 @@ def _compare_names(expected: set[str], got: set[str], path: Path) -> None:
         raise ValueError(
             f"{path} is of another model: {' and '.join(differences)} ({number} differences in all)"
         )
-
-
-def _put(tensor: Tensor, value: Tensor) -> None:
-    if isinstance(tensor, DTensor):
-        value = value.to(tensor.device, tensor.dtype)
-        # Every rank has read the value: nothing needs to be sent.
-        value = distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
-    tensor.copy_(value)
