@@ -260,7 +260,7 @@ def test_a_run_that_cannot_begin_leaves_nothing_behind(recipe, tmp_path):
         with pytest.raises(ValueError, match=problem):
             train(replace(recipe, data=(data,)), tmp_path / "run")
     with pytest.raises(ValueError, match="do not fill a context"):
-        train(replace(recipe, context=4096), tmp_path / "run")
+        train(replace(recipe, context=4096, eval_tokens=4096), tmp_path / "run")
     with pytest.raises(ValueError, match="micro_batch must divide"):
         train(replace(recipe, micro_batch=3), tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -300,11 +300,20 @@ def test_a_router_that_meets_nan_stops_the_run(recipe, tmp_path, monkeypatch):
         ({"top_k": 99}, "top_k is 99"),
         ({"ratio": 0.3}, "whole number"),
         ({"heads": 3}, "multiple of twice the heads"),
+        ({"eval_tokens": 127}, r"eval_tokens must be at least the context \(128\), .* got 127"),
+        ({"seed": 2**32}, "seed must lie between .* got 4294967296"),
+        ({"separator": ""}, "separator must be some text"),
     ],
 )
 def test_a_recipe_that_cannot_be_computed_is_refused(changes, problem):
     with pytest.raises(ValueError, match=problem):
         Recipe(**changes)
+
+
+def test_the_largest_seed_trains(recipe, tmp_path):
+    for sign in (1, -1):
+        seed = sign * (2**32 - 1)
+        assert train(replace(recipe, seed=seed, steps=1), tmp_path / str(seed)).steps == 1
 
 
 def test_a_recipe_survives_json(recipe):

@@ -67,6 +67,13 @@ def test_seeds_differ_and_repeat():
         ([[1]], {"temperature": float("nan")}, "temperature must be"),
         ([[1]], {"top_k": 0}, "top_k must be"),
         ([[1]], {"seeds": [1, 2]}, "a seed for each"),
+        ([[1]], {"seeds": [2**64]}, "seeds must lie in .* got 18446744073709551616"),
+        (
+            [[1], [1, CONFIG.vocab]],
+            {},
+            f"token ids must be 0 to {CONFIG.vocab - 1}, got {CONFIG.vocab}; was another",
+        ),
+        ([[-1]], {}, "token ids must be 0 to .*, got -1"),
     ],
 )
 def test_what_cannot_be_sampled_is_refused(prompts, changes, problem):

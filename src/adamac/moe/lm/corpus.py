@@ -140,7 +140,7 @@ def prepare(
     if not train.documents or not rest.documents:
         raise ValueError(
             f"too little text: {len(texts)} documents give {train.documents} for training and {rest.documents} held out"
-            "; give more text or a larger share held out"
+            "; give more text or a larger share held out, or line breaks or a separator to text that has none"
         )
     sources = [str(path) for path in data] or ["documentation of Python, its standard library and torch"]
     corpus = Corpus(folder, sources, tokenizer.vocab, train, rest)

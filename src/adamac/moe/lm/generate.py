@@ -128,8 +128,13 @@ def _check(
 ) -> None:
     if not prompts or not all(prompts):
         raise ValueError("expected at least one prompt, and at least one token in each")
+    known = model.config.vocab
+    if wrong := [i for prompt in prompts for i in prompt if not 0 <= i < known]:  # a GPU would die of it
+        raise ValueError(f"token ids must be 0 to {known - 1}, got {wrong[0]}; was another tokenizer used?")
     if len(seeds) != len(prompts):
         raise ValueError(f"expected a seed for each of {len(prompts)} prompts, got {len(seeds)}")
+    if wrong := [seed for seed in seeds if not -(2**63) <= seed < 2**64]:
+        raise ValueError(f"seeds must lie in -2^63 to 2^64 - 1, got {wrong[0]}")
     if tokens < 1:
         raise ValueError(f"tokens must be at least 1, got {tokens}")
     if not 0 <= temperature < float("inf"):

@@ -12,6 +12,8 @@ from adamac.moe.presets import preset
 
 CADENCE = ("eval_every", "save_every", "log_every")
 """Fields that change nothing of what is learnt."""
+SEEDS = 2**32
+"""Seeds below it, of either sign: with a step and a rank they still make numbers that torch takes as seeds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +89,14 @@ class Recipe:
         for name in ("steps", "batch", "eval_every", "eval_tokens", "save_every", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.eval_tokens < self.context:
+            raise ValueError(
+                f"eval_tokens must be at least the context ({self.context}), as whole windows are read; got {self.eval_tokens}"
+            )
+        if abs(self.seed) >= SEEDS:
+            raise ValueError(f"seed must lie between -{SEEDS} and {SEEDS}, got {self.seed}")
+        if self.separator == "":
+            raise ValueError("separator must be some text, or None to gather paragraphs; got an empty one")
         if self.micro_batch is not None and not 1 <= self.micro_batch <= self.batch:
             raise ValueError(f"micro_batch must be 1 to batch ({self.batch}), got {self.micro_batch}")
         for name in ("lr", "eps", "clip"):
