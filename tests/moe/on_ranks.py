@@ -255,6 +255,19 @@ def read_weights(rank: int, config: MoEConfig, expert_ranks: int, path: str, sha
     return _worst_of(original, model, lambda p: p)
 
 
+def loads_under_ddp(rank: int, config: MoEConfig) -> tuple[Tensor, Tensor]:
+    """Tokens by expert of three passes between two updates, as the router counted them and as their routings say."""
+    torch.manual_seed(2)
+    layer = MoE(config)
+    wrapped = torch.nn.parallel.DistributedDataParallel(layer)
+    expected = torch.zeros(config.num_experts, dtype=torch.int64)
+    torch.manual_seed(rank)
+    for _ in range(3):
+        wrapped(torch.randn(5 + rank, config.hidden)).square().sum().backward()
+        expected += layer.routing.load()
+    return layer.router.load, expected
+
+
 def drawn_in_shares(rank: int, config: MoEConfig, expert_ranks: int) -> float:
     """Largest difference of a model that was built on no device, divided, and drawn last to one that was built on one rank."""
     mesh = expert_mesh(expert_ranks)

@@ -12,6 +12,7 @@ from on_ranks import (
     accumulated_casts_error,
     drawn_in_shares,
     gradient_errors,
+    loads_under_ddp,
     read_weights,
     write_weights,
 )
@@ -32,6 +33,12 @@ def test_gradients_on_a_grid_equal_those_of_one_rank(ranks, per_row):
 
 def test_experts_that_are_gathered_for_each_pass_keep_no_casts():
     assert run_ranks(accumulated_casts_error, 2, CONFIG) == [0.0, 0.0]
+
+
+def test_each_rank_counts_its_own_load_under_data_parallelism():
+    """Whose buffers are the first rank's before every pass."""
+    for counted, expected in run_ranks(loads_under_ddp, 2, CONFIG):
+        assert counted.tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("expert_ranks", [1, 2, 4])

@@ -122,9 +122,7 @@ def _table(options: MoeBench, ranks: int, timed: list[Timed]) -> Table:
     drawn = Table(title=title)
     for place, column in enumerate(("layer", "pass", "p20", "p50", "p80", "MiB sent", "ratio")):
         # Where a terminal is narrow, names give way: a figure that is cut is none.
-        drawn.add_column(
-            column, justify="left" if place < 2 else "right", no_wrap=place > 0, overflow="fold"
-        )
+        drawn.add_column(column, justify="left" if place < 2 else "right", no_wrap=place > 0, overflow="fold")
     for each in (each for each in timed if each.problem is None):
         drawn.add_row(
             _name(each),

@@ -184,13 +184,15 @@ class MoE(nn.Module):
         Args:
             group: Ranks whose loads are added up; ``None`` means all there are.
         """
-        load = self.router.load
-        if load is None:
+        router = self.router
+        if router.bias is None:
             return
+        none = torch.zeros_like(router.bias, dtype=torch.int64)
+        load = none if router.load is None else router.load
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(load, group=group)
-        self.router.rebalance(load)
-        load.zero_()
+        router.rebalance(load)
+        router.load = None
 
     def reset_parameters(self, residual_scale: float = 1.0) -> None:
         """Draw all matrices anew, and forget the bias of the choice.
@@ -220,9 +222,9 @@ class MoE(nn.Module):
             _draw(self.shared.down.weight, std(config.shared_ffn) * residual_scale)
         if isinstance(self.norm, nn.RMSNorm):
             self.norm.reset_parameters()
-        for held in (self.router.bias, self.router.load):
-            if held is not None:
-                held.zero_()
+        self.router.load = None
+        if self.router.bias is not None:
+            self.router.bias.zero_()
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy takes along: not what the last forward pass left, whose losses hang on its graph."""

@@ -102,6 +102,11 @@ class Router(nn.Module):
 
     The weight of an expert is its score: of a softmax over all experts, or its own sigmoid; scaled to add up to 1 over the
     chosen if ``normalise``. With ``balance="bias"`` a bias per expert is added when choosing, and only then.
+
+    Attributes:
+        bias: ``[num_experts]``, what is added; ``None`` if the load is not balanced so.
+        load: ``[num_experts]`` int64, this rank's tokens by expert in training since the last change of the bias; ``None``: none
+            yet. A pass that activation checkpointing repeats may count twice, all its experts alike.
     """
 
     def __init__(
@@ -111,13 +116,11 @@ class Router(nn.Module):
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden, device=device, dtype=dtype))
         self.bias: Tensor | None
-        self.load: Tensor | None
         biased = config.balance == "bias"
         zeros = torch.zeros(config.num_experts, device=device, dtype=torch.float32) if biased else None
         self.register_buffer("bias", zeros)
-        # Tokens by expert since the last change of the bias; no part of a checkpoint.
-        held = torch.zeros(config.num_experts, device=device, dtype=torch.int64) if biased else None
-        self.register_buffer("load", held, persistent=False)
+        # No buffer: DistributedDataParallel writes the first rank's over those of the others before a pass.
+        self.load: Tensor | None = None
 
     def forward(self, tokens: Tensor) -> tuple[Routing, dict[str, Tensor]]:
         """Route tokens.
@@ -141,8 +144,8 @@ class Router(nn.Module):
             gated.finite,
             gated.load if len(tokens) < _EXACT else None,
         )
-        if self.load is not None and self.training and torch.is_grad_enabled():
-            self.load += routing.load()
+        if self.bias is not None and self.training and torch.is_grad_enabled():
+            self.load = routing.load() if self.load is None else self.load + routing.load()
         return routing, self._losses(logits, gated)
 
     def rebalance(self, load: Tensor) -> None:
@@ -161,6 +164,8 @@ class Router(nn.Module):
         super()._apply(fn, recurse)
         if before is not None and self.bias is not None and self.bias.dtype != before.dtype:
             self.bias = before.to(self.bias.device)
+        if self.load is not None:
+            self.load = fn(self.load)
         return self
 
     def _dropped(self, experts: Tensor, weights: Tensor) -> Tensor | None:

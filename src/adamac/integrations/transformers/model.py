@@ -15,7 +15,7 @@ from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from adamac.moe import Router, preset
+from adamac.moe import preset
 from adamac.moe.lm.model import GPT, GPTConfig, Keep, View
 
 # What the output calls keys and values of earlier calls: renamed in transformers 5.24.
@@ -75,9 +75,7 @@ class AdamacForCausalLM(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def _init_weights(self, module: torch.nn.Module) -> None:
-        """Weights are drawn where they are made; only what no file holds is set."""
-        if isinstance(module, Router) and module.load is not None:
-            module.load.zero_()
+        """Weights are drawn where they are made, and all that a model holds is in its file."""
 
     def get_input_embeddings(self) -> torch.nn.Module:
         """The matrix that token ids choose rows of."""
