@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,14 +15,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from babble import tiny_recipe
+from babble import babble, tiny_recipe
 from safetensors import SafetensorError
 
 from adamac.moe.lm import checkpoint
 from adamac.moe.lm import corpus as preparing
 from adamac.moe.lm import learner as learning
 from adamac.moe.lm.checkpoint import latest_checkpoint, load_model, read_tensors
-from adamac.moe.lm.corpus import Order, is_corpus, unigram_bits_per_byte
+from adamac.moe.lm.corpus import Order, is_corpus, prepare, unigram_bits_per_byte
 from adamac.moe.lm.evaluate import bits_per_byte
 from adamac.moe.lm.folder import RunFolder
 from adamac.moe.lm.learner import Diverged
@@ -243,6 +244,22 @@ def test_another_run_is_not_overwritten(recipe, tmp_path):
     with pytest.raises(ValueError, match="is not empty and holds no run"):
         train(recipe, tmp_path / "thesis")
     assert same(before, weights(tmp_path / "run"))
+
+
+def test_a_corpus_that_was_replaced_is_refused_and_changes_nothing(recipe, tmp_path, corpus):
+    data, run = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(corpus.folder, data)
+    recipe = replace(recipe, data=(str(data),))
+    train(recipe, run)
+    before = {file: (run / file).read_bytes() for file in ("run.json", "tokenizer.json", "rows.jsonl")}
+    shutil.rmtree(data)
+    (tmp_path / "other.txt").write_text(babble(60, seed=1))
+    prepare(data, [tmp_path / "other.txt"], vocab=300, separator="=====", held_out=0.2)
+    with pytest.raises(
+        ValueError, match=r"data is not the corpus that the run in .*run was begun with: .* now; put"
+    ):
+        train(recipe, run, resume=True)
+    assert {file: (run / file).read_bytes() for file in before} == before
 
 
 def test_a_finished_run_is_only_evaluated_again(recipe, tmp_path):

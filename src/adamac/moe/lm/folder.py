@@ -1,6 +1,6 @@
 """The folder of a training run: what lies where, whose it is, and writing that a kill does not tear.
 
-``run.json`` (the recipe, and how rows are sent), ``tokenizer.json``, ``data/`` (the prepared corpus, unless a prepared one was
+``run.json`` (the recipe, how rows are sent, and how large the corpus is), ``tokenizer.json``, ``data/`` (the prepared corpus, unless a prepared one was
 given), ``rows.jsonl`` (a JSON object a step) and ``checkpoints/``.
 """
 
@@ -17,6 +17,7 @@ import torch
 from adamac._version import __version__
 from adamac.files import force, write_json, write_text
 from adamac.moe.lm import checkpoint
+from adamac.moe.lm.corpus import Corpus
 from adamac.moe.lm.recipe import Recipe
 from adamac.moe.lm.sending import Sending
 
@@ -84,9 +85,23 @@ class RunFolder:
             about["dispatchers"] = [asdict(each) for each in (*kept, sending)]
             write_json(self._about, about)
 
-    def keep_tokenizer(self, text: str) -> None:
-        """Write the tokenizer, as its library has it."""
-        write_text(self.path / "tokenizer.json", text)
+    def keep_corpus(self, corpus: Corpus) -> None:
+        """Write down how much the run reads, and its tokenizer.
+
+        Raises:
+            ValueError: If it was something else before: a corpus that others prepared may have been replaced.
+        """
+        about = checkpoint.read_json(self._about)
+        size = {"vocab": corpus.vocab, "train": asdict(corpus.train), "held_out": asdict(corpus.held_out)}
+        former = about.get("corpus", size)
+        if former != size:
+            raise ValueError(
+                f"{corpus.folder} is not the corpus that the run in {self.path} was begun with: {former} then, {size} now; put "
+                "the former back or begin another run"
+            )
+        if "corpus" not in about:
+            write_json(self._about, about | {"corpus": size})
+        write_text(self.path / "tokenizer.json", corpus.tokenizer.to_json())
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Add a row."""

@@ -135,8 +135,8 @@ def train(
         What was reached; the same on all ranks.
 
     Raises:
-        ValueError: If the recipe cannot be computed, the directory holds something else, or the machine does not fit the
-            ranks or would change the dispatcher of a run that goes on.
+        ValueError: If the recipe cannot be computed, the directory holds something else, the corpus is another than a run
+            that goes on had, or the machine does not fit the ranks or would change the dispatcher of such a run.
         OSError: If something cannot be written.
         Diverged: If a loss is not finite. The last checkpoint is still there.
         Left: If another rank raised one of these, or is gone.
@@ -311,5 +311,5 @@ def _corpus(recipe: Recipe, folder: RunFolder, begun: bool, sending: Sending | N
     with world.together():
         corpus = Corpus.load(data)
         if world.first:
-            folder.keep_tokenizer(corpus.tokenizer.to_json())
+            folder.keep_corpus(corpus)
     return corpus
