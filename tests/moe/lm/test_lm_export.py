@@ -105,6 +105,24 @@ def test_labels_give_the_loss_and_it_can_be_trained_further(run, corpus):
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
+def test_losses_of_accumulated_batches_add_up_to_the_mean_over_all_their_tokens(run, corpus):
+    model, ids = loaded(run, dtype=torch.float64), torch.randint(corpus.vocab, (4, 20))
+    labels = ids.clone()
+    labels[0, 5:] = -100  # as padding would have it
+    number = (labels[:, 1:] != -100).sum()
+
+    def loss(rows: slice) -> torch.Tensor:
+        return model(ids[rows], labels=labels[rows], num_items_in_batch=number).loss
+
+    parts = [slice(0, 1), slice(1, 4)]
+    torch.testing.assert_close(sum(map(loss, parts)), model(ids, labels=labels).loss)
+    before = [loss(part) for part in parts]
+    model.train()
+    for part, plain, share in zip(parts, before, (4 / 61, 57 / 61), strict=True):
+        added = loss(part) - plain
+        torch.testing.assert_close(added, share * sum(moe.auxiliary_loss() for moe in model.gpt.moes))
+
+
 def test_what_was_saved_again_loads_again(run, corpus, tmp_path):
     model, ids = loaded(run), torch.randint(corpus.vocab, (2, 20))
     model.save_pretrained(tmp_path / "again")

@@ -100,6 +100,7 @@ class AdamacForCausalLM(PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: int | Tensor | None = None,
         **unused: Any,
     ) -> CausalLMOutputWithPast:
         """Compute logits, and the loss where labels are given.
@@ -113,6 +114,8 @@ class AdamacForCausalLM(PreTrainedModel, GenerationMixin):
             labels: ``[batch, tokens]``, like the ids, -100 where nothing is predicted; with auxiliary losses added in training.
             use_cache: Whether keys and values are kept.
             logits_to_keep: Logits of so many last tokens only, or of these; 0 of all.
+            num_items_in_batch: Predicted tokens of all batches whose gradients are added up, as ``Trainer`` counts them: losses
+                are then shares of their mean over all of these. ``None``: this batch is all.
             **unused: What transformers also passes.
         """
         cache = past_key_values if cache is None else cache
@@ -124,9 +127,11 @@ class AdamacForCausalLM(PreTrainedModel, GenerationMixin):
         logits = self.gpt.logits(features[:, kept])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.gpt.config.vocab)
+            share = None if num_items_in_batch is None else (labels[:, 1:] != -100).sum() / num_items_in_batch
+            loss = self.loss_function(logits, labels, self.gpt.config.vocab, num_items_in_batch)
             if self.training:
-                loss = loss + torch.stack([moe.auxiliary_loss() for moe in self.gpt.moes]).sum()
+                auxiliary = torch.stack([moe.auxiliary_loss() for moe in self.gpt.moes]).sum()
+                loss = loss + (auxiliary if share is None else share * auxiliary)
         kept_values: dict[str, Any] = {_CACHE: cache}
         return CausalLMOutputWithPast(loss=loss, logits=logits, **kept_values)
 
