@@ -51,7 +51,8 @@ class MoEConfig:
         balance_weight: Weight of the balance loss.
         bias_rate: Step of the bias at each :meth:`adamac.moe.layer.MoE.rebalance`.
         z_weight: Weight of the squared log-sum-exp of the logits; 0 leaves it out.
-        capacity: An expert takes at most ``capacity * tokens * top_k / num_experts`` of a rank's tokens; ``None`` takes all.
+        capacity: An expert takes at most ``capacity * tokens * top_k / num_experts`` of a rank's tokens, rounded up; ``None``
+            takes all.
         shared_ffn: Inner width of an expert that all tokens take, at full width; 0 means none.
         latent_norm: RMSNorm on what comes back, before ``ascend``.
         sound_init: Draw every matrix by its own fan-in, and scale only the outermost projection by the depth of the model.

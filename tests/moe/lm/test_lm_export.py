@@ -131,6 +131,22 @@ def test_what_was_saved_again_loads_again(run, corpus, tmp_path):
     )
 
 
+def test_another_vocabulary_is_refused(run, corpus):
+    model = loaded(run)
+    with pytest.raises(
+        NotImplementedError, match=f"as it was trained, {corpus.vocab}; got {corpus.vocab + 8}"
+    ):
+        model.resize_token_embeddings(corpus.vocab + 8)
+    assert model.resize_token_embeddings(corpus.vocab) is model.gpt.embedding
+
+
+def test_an_exported_model_is_no_run(run):
+    with pytest.raises(
+        ValueError, match="hf is a model for transformers; expected the directory that it was"
+    ):
+        load_model(run / "hf")
+
+
 def test_nothing_is_overwritten(run, tmp_path):
     with pytest.raises(ValueError, match="is not empty"):
         export(run / "run", run / "hf")

@@ -85,6 +85,20 @@ class AdamacForCausalLM(PreTrainedModel, GenerationMixin):
         """Replace it."""
         self.gpt.embedding = value  # ty: ignore[invalid-assignment]
 
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *given: Any, **more: Any) -> Any:
+        """Refuse another vocabulary: the matrix that reads logits, and what is saved, would keep the former.
+
+        Raises:
+            NotImplementedError: If it is one.
+        """
+        vocab = self.gpt.config.vocab
+        if new_num_tokens not in (None, vocab) or given or more:
+            raise NotImplementedError(
+                f"the vocabulary of an adamac model stays as it was trained, {vocab}; got {new_num_tokens}: train one with a larger "
+                "--vocab"
+            )
+        return self.get_input_embeddings()
+
     @staticmethod
     def create_masks_for_generate(attention_mask: Tensor | None = None, **unused: Any) -> Tensor | None:
         """Leave the mask as it is where transformers would make one of four axes for a static cache."""

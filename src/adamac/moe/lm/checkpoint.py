@@ -87,9 +87,15 @@ def read_config(folder: Path) -> GPTConfig:
     """Read the shape of a checkpoint's model.
 
     Raises:
-        ValueError: If it cannot be read.
+        ValueError: If it cannot be read, or is one for transformers.
     """
-    return GPTConfig.from_dict(read_json(folder / "config.json"))
+    values = read_json(folder / "config.json")
+    if isinstance(values, dict) and "model_type" in values:
+        raise ValueError(
+            f"{folder} is a model for transformers; expected the directory that it was exported from, given to adamac moe train "
+            "as --out"
+        )
+    return GPTConfig.from_dict(values)
 
 
 def read_tensors(file: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
