@@ -16,6 +16,7 @@ from adamac.moe.lm.checkpoint import (
     load_tokenizer,
     read_parts,
     read_tensors,
+    write_checkpoint,
 )
 from adamac.moe.lm.evaluate import bits_per_byte
 from adamac.moe.lm.train import train
@@ -34,6 +35,21 @@ def test_the_newest_two_stay(run):
     folders = sorted(path.name for path in (directory / "checkpoints").iterdir())
     assert folders == ["step-00000004", "step-00000006"]
     assert len(folders) == KEPT
+
+
+def test_a_copy_by_another_name_is_no_checkpoint_and_stays(corpus, tmp_path):
+    train(tiny_recipe(corpus, steps=4), tmp_path / "run")
+    checkpoints = tmp_path / "run" / "checkpoints"
+    for name in ("step-00000004-best", "step-1-try"):
+        shutil.copytree(checkpoints / "step-00000004", checkpoints / name)
+    assert latest_checkpoint(checkpoints).name == "step-00000004"
+    write_checkpoint(checkpoints, 5, load_model(tmp_path / "run").config, {}, {}, {})
+    assert sorted(path.name for path in checkpoints.iterdir()) == [
+        "step-00000004",
+        "step-00000004-best",
+        "step-00000005",
+        "step-1-try",
+    ]
 
 
 def test_a_run_or_a_checkpoint_can_be_loaded(run, corpus):

@@ -232,4 +232,8 @@ def _unreadable(file: Path, error: Exception) -> str:
 
 
 def _folders(root: Path) -> list[Path]:
-    return sorted(path for path in root.glob("step-*") if path.suffix != ".part")
+    """Whole checkpoints, the oldest first; a copy by another name is somebody's own."""
+    steps = {path: path.name.removeprefix("step-") for path in root.glob("step-*")}
+    return sorted(
+        (path for path, step in steps.items() if step.isdecimal()), key=lambda path: int(steps[path])
+    )
