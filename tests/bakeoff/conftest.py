@@ -14,7 +14,7 @@ from adamac.bakeoff.config import RunDirectory
 def play(monkeypatch: pytest.MonkeyPatch) -> PlayPipeline:
     """The play pipeline, in place of whatever model a run asks for."""
     pipe = PlayPipeline()
-    monkeypatch.setattr("adamac.bakeoff.run.load_pipeline", lambda model, device, dtype, **placed: pipe)
+    monkeypatch.setattr("adamac.bakeoff.studio.load_pipeline", lambda model, device, dtype, **placed: pipe)
     return pipe
 
 

@@ -87,11 +87,11 @@ def config_of(*texts: str, **changes: Any) -> Config:
     return Config(**(settings | changes))
 
 
-def save_tiny_wan(folder: Path) -> None:
+def save_tiny_wan(folder: Path, heads: int = 1) -> None:
     """Save a stock WanPipeline of random weights whose 64 x 64 pixels and 7 frames are 1,024 tokens."""
     from diffusers import WanPipeline
 
-    WanPipeline(**_tiny_parts(channels=4)).save_pretrained(str(folder))
+    WanPipeline(**_tiny_parts(channels=4, heads=heads)).save_pretrained(str(folder))
 
 
 def save_tiny_wan_from_image(folder: Path) -> None:
@@ -102,7 +102,7 @@ def save_tiny_wan_from_image(folder: Path) -> None:
     WanImageToVideoPipeline(**_tiny_parts(channels=4 + 4 + 2)).save_pretrained(str(folder))
 
 
-def _tiny_parts(channels: int) -> dict[str, Any]:
+def _tiny_parts(channels: int, heads: int = 1) -> dict[str, Any]:
     from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
@@ -133,7 +133,7 @@ def _tiny_parts(channels: int) -> dict[str, Any]:
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         transformer=WanTransformer3DModel(
             patch_size=(1, 1, 1),
-            num_attention_heads=1,
+            num_attention_heads=heads,
             attention_head_dim=64,
             in_channels=channels,
             out_channels=4,

@@ -239,7 +239,7 @@ def test_a_training_run_is_called_one_and_left_alone(play, directory, progress):
 def test_layers_that_the_model_has_not_are_refused_before_the_first_video(
     tiny_model, directory, progress, monkeypatch
 ):
-    monkeypatch.setattr("adamac.bakeoff.run.generate", lambda *_: pytest.fail("a video was begun"))
+    monkeypatch.setattr("adamac.bakeoff.studio.generate", lambda *_: pytest.fail("a video was begun"))
     config = config_of(
         "a ball", model=str(tiny_model), arms=("dense", "svg2"), schedule=Schedule(layers=(0, -3))
     )
@@ -318,7 +318,7 @@ def test_every_arm_is_compiled_before_anything_is_timed(
         ran.append((arm.name, compiled, compiler.frame_count))
         return video
 
-    monkeypatch.setattr("adamac.bakeoff.run.generate", watched)
+    monkeypatch.setattr("adamac.bakeoff.studio.generate", watched)
     config = config_of(
         "a red ball",
         "a ball moves",

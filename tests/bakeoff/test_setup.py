@@ -9,8 +9,9 @@ import pytest
 from adamac import cli
 from adamac.bakeoff.config import Config, RunDirectory
 from adamac.bakeoff.errors import BadInput
+from adamac.bakeoff.generate import generate
 from adamac.bakeoff.prompts import Prompt
-from adamac.bakeoff.run import generate, run_bakeoff
+from adamac.bakeoff.run import run_bakeoff
 from adamac.bakeoff.setup import Setup
 
 SCHEDULER = r"""
@@ -53,7 +54,7 @@ def test_arms_run_on_the_pipeline_that_was_made_ready_and_another_setup_is_anoth
         used.append(type(pipe.scheduler).__name__)
         return generate(pipe, *rest)
 
-    monkeypatch.setattr("adamac.bakeoff.run.generate", watched)
+    monkeypatch.setattr("adamac.bakeoff.studio.generate", watched)
     directory = RunDirectory(tmp_path / "run")
     rows = run_bakeoff(config(tiny_model, Setup.parse(f"{file}:other_scheduler")), directory, progress)
     assert all(row.ok for row in rows)
@@ -94,7 +95,7 @@ def test_a_function_that_is_not_there_or_fails_is_one_line(file, function, messa
 def test_a_function_that_is_not_there_is_refused_before_the_model_is_loaded(
     tiny_model, file, directory, progress, monkeypatch
 ):
-    monkeypatch.setattr("adamac.bakeoff.run.load_pipeline", lambda *_, **__: pytest.fail("it was loaded"))
+    monkeypatch.setattr("adamac.bakeoff.studio.load_pipeline", lambda *_, **__: pytest.fail("it was loaded"))
     with pytest.raises(BadInput, match="has no function absent"):
         run_bakeoff(config(tiny_model, Setup.parse(f"{file}:absent")), directory, progress)
 

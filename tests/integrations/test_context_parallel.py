@@ -103,8 +103,9 @@ def test_a_video_is_the_same_after_another_and_after_one_that_was_broken_off(ran
     assert results(ranks, "one after another") == [True, True]
 
 
-def test_compiled_blocks_are_spread_as_uncompiled_ones(ranks):
-    for comparison in results(ranks, "compiled"):
+@pytest.mark.parametrize("name", ["wan", "hunyuan", "cogvideox", "wan by diffusers"])
+def test_compiled_blocks_are_spread_as_uncompiled_ones_from_the_first_call_on(ranks, name):
+    for comparison in results(ranks, f"{name}: compiled"):
         assert_as_on_one_rank(comparison)
 
 

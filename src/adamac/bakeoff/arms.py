@@ -27,14 +27,15 @@ class Arm:
         name: What it is called on the command line and in rows.
         note: What it is, in a line.
         method: Makes the plans; ``None`` leaves the pipeline as it is.
-        kernel: The dense kernel that torch uses wherever it can; what it cannot take (in the autoencoder or the text
+        kernel: Name of the dense kernel that torch uses wherever it can (of ``SDPBackend``, whose members cannot be sent
+            to other ranks); what it cannot take (in the autoencoder or the text
             encoder, with widths or masks of their own) goes to the unfused one. ``None`` leaves the choice to torch.
     """
 
     name: str
     note: str
     method: Method | None = None
-    kernel: SDPBackend | None = None
+    kernel: str | None = None
 
     @property
     def is_dense(self) -> bool:
@@ -47,7 +48,7 @@ class Arm:
         if self.kernel is None:
             yield
             return
-        with sdpa_kernel([self.kernel, SDPBackend.MATH], set_priority=True):
+        with sdpa_kernel([SDPBackend.__members__[self.kernel], SDPBackend.MATH], set_priority=True):
             yield
 
 
@@ -55,10 +56,10 @@ _TILE = (4, 4, 8)  # frames, height, width: 128 tokens, as many as a block of th
 
 _ALL = (
     Arm(REFERENCE, "the pipeline as it is, nothing installed"),
-    Arm("dense-math", "dense, torch's unfused kernel", kernel=SDPBackend.MATH),
-    Arm("dense-efficient", "dense, torch's memory-efficient kernel", kernel=SDPBackend.EFFICIENT_ATTENTION),
-    Arm("dense-flash", "dense, torch's flash kernel", kernel=SDPBackend.FLASH_ATTENTION),
-    Arm("dense-cudnn", "dense, the cuDNN kernel", kernel=SDPBackend.CUDNN_ATTENTION),
+    Arm("dense-math", "dense, torch's unfused kernel", kernel="MATH"),
+    Arm("dense-efficient", "dense, torch's memory-efficient kernel", kernel="EFFICIENT_ATTENTION"),
+    Arm("dense-flash", "dense, torch's flash kernel", kernel="FLASH_ATTENTION"),
+    Arm("dense-cudnn", "dense, the cuDNN kernel", kernel="CUDNN_ATTENTION"),
     Arm("adacluster", "AdaCluster, this library's settings", AdaCluster()),
     Arm(
         "adacluster-paper",

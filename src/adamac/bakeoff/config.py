@@ -57,6 +57,7 @@ class Config:
         dtype: ``"auto"`` (float32 on a CPU, bfloat16 elsewhere), ``"float32"``, ``"bfloat16"`` or ``"float16"``.
         compile: Compile the transformer's blocks for every arm; see :mod:`adamac.bakeoff.compiled`.
         setup: Makes the pipeline ready once it is loaded, and puts it where it runs.
+        ranks: Over how many GPUs each video is spread.
     """
 
     model: str | None
@@ -75,6 +76,7 @@ class Config:
     dtype: str = "auto"
     compile: bool = False
     setup: Setup | None = None
+    ranks: int = 1
 
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
@@ -245,7 +247,7 @@ def _damage(run: Any) -> str:
 
 def _say_what_was_not_asked(config: dict[str, Any]) -> None:
     """Fill in what a version that wrote this could not be asked for."""
-    for name, value in (("compile", False), ("setup", None)):
+    for name, value in (("compile", False), ("setup", None), ("ranks", 1)):
         config.setdefault(name, value)
     for prompt in config["prompts"]:
         if isinstance(prompt, dict):

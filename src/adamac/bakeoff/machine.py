@@ -14,9 +14,18 @@ import torch
 import adamac
 
 
-def machine_stamp(device: str) -> dict[str, Any]:
-    """Describe the machine, the versions and the commit (``None`` if installed, not run from its repository), in short."""
-    stamp: dict[str, Any] = {"device": _device_name(device), "threads": torch.get_num_threads()}
+def machine_stamp(device: str, ranks: int = 1) -> dict[str, Any]:
+    """Describe the machine, the versions and the commit (``None`` if installed, not run from its repository), in short.
+
+    Args:
+        device: Torch's name of a device.
+        ranks: How many of them make a video together.
+    """
+    name = _device_name(device)
+    stamp: dict[str, Any] = {
+        "device": name if ranks == 1 else f"{ranks} x {name}",
+        "threads": torch.get_num_threads(),
+    }
     stamp["python"] = platform.python_version()
     stamp["torch"] = torch.__version__
     if device.startswith("cuda"):

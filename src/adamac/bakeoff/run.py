@@ -12,7 +12,6 @@ import shutil
 import traceback
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,21 +22,17 @@ import torch
 
 from adamac.attention import Dense
 from adamac.bakeoff.arms import Arm, choose_arms, noise_floor_arm
-from adamac.bakeoff.compiled import compile_blocks, graphs_compiled, uncompiled
+from adamac.bakeoff.compiled import graphs_compiled
 from adamac.bakeoff.config import REFERENCE, Case, Config, RunDirectory
 from adamac.bakeoff.device import find_device, find_dtype
 from adamac.bakeoff.errors import BadInput, one_line
-from adamac.bakeoff.generate import Video, generate
+from adamac.bakeoff.generate import Video
 from adamac.bakeoff.machine import machine_stamp
 from adamac.bakeoff.metrics.video import compare
-from adamac.bakeoff.pipelines import (
-    Pipeline,
-    call_arguments,
-    check_prompts,
-    frames_per_second,
-    load_pipeline,
-)
+from adamac.bakeoff.pipelines import call_arguments, check_prompts, frames_per_second
+from adamac.bakeoff.ranks import RankGoneError, Ranks
 from adamac.bakeoff.rows import Row, append_row, read_rows, write_rows
+from adamac.bakeoff.studio import Studio, Take
 from adamac.bakeoff.videos import write_video
 from adamac.files import write_json, write_text
 
@@ -71,24 +66,40 @@ def identity(config: Config, arms: tuple[Arm, ...]) -> dict[str, Any]:
 
 
 def run_bakeoff(
-    config: Config, directory: RunDirectory, progress: Progress, *, resume: bool = False
+    config: Config,
+    directory: RunDirectory,
+    progress: Progress,
+    *,
+    resume: bool = False,
+    ranks: Ranks | None = None,
 ) -> list[Row]:
     """Make every video that is missing, and return all rows.
+
+    Of several ranks the first makes this call, and the others :meth:`adamac.bakeoff.studio.Studio.follow`.
 
     Args:
         config: What to do.
         directory: Where to; created if need be.
         progress: Is told how it goes.
         resume: Go on with a run that is there already.
+        ranks: Those that each video is spread over; ``None`` is this process alone.
 
     Raises:
         BadInput: If something asked for cannot be done; nothing has been written then.
+        RankGoneError: If another rank ended.
     """
+    with (ranks or Ranks()).leading():
+        return _run(config, directory, progress, resume, Studio(config, ranks or Ranks()))
+
+
+def _run(
+    config: Config, directory: RunDirectory, progress: Progress, resume: bool, studio: Studio
+) -> list[Row]:
     arms = choose_arms(config.arms, config.keep, compiled=config.compile)
     find_dtype(config.dtype, find_device(config.device))  # refused now, not when the model was loaded
     who = identity(config, arms)
     directory.check(who, resume)
-    bakeoff = _BakeOff(config, arms, directory, progress)
+    bakeoff = _BakeOff(config, arms, directory, progress, studio)
     if bakeoff.missing or directory.frames.exists():
         about = bakeoff.prepare()
         with directory.held():
@@ -106,8 +117,10 @@ class _BakeOff:
         arms: tuple[Arm, ...],
         directory: RunDirectory,
         progress: Progress,
+        studio: Studio,
     ) -> None:
         self.config = config
+        self.studio = studio
         self.directory = directory
         self.progress = progress
         self.plan = _order(config.cases(), arms, noise_floor_arm(config.device))
@@ -124,13 +137,11 @@ class _BakeOff:
         """
         self.progress.begins(sum(len(arms) for _, arms in self.plan), len(self.rows))
         self.progress.works_on("loading the model")
-        self.pipe = self._ready_pipeline()
-        if self.config.compile:
-            compile_blocks(self.pipe)
+        self.pipe = self.studio.open()
         self.arguments = call_arguments(self.pipe, self.config)
         check_prompts(self.pipe, self.config.prompts, self.arguments)
         self.fps = frames_per_second(self.config)
-        self.machine = machine_stamp(self.config.device)
+        self.machine = machine_stamp(self.config.device, self.config.ranks)
         waiting = {name for name, _ in self.missing}
         if any(not arm.is_dense for arm in self._all_arms()):
             self._check_supported()
@@ -146,12 +157,6 @@ class _BakeOff:
             "first_calls": first_calls,
             "dense_attention_share": share,
         }
-
-    def _ready_pipeline(self) -> Pipeline:
-        asked = (self.config.model, self.config.device, self.config.dtype)
-        if self.config.setup is None:
-            return load_pipeline(*asked)
-        return self.config.setup.make_ready(lambda: load_pipeline(*asked, place=False))
 
     def open_rows(self, about: dict[str, Any]) -> None:
         """Begin the files of a run, or those of one that goes on.
@@ -202,11 +207,13 @@ class _BakeOff:
         case = self.plan[0][0]
         short = self.arguments | {"num_inference_steps": _WARM_UP_STEPS}
         try:
-            video = generate(self.pipe, arm, self.config.schedule, case, short)
+            video = self.studio.make(Take(arm, case, short))
         except (TypeError, ValueError) as error:
             if arm.name == REFERENCE:
                 raise BadInput(f"the model refuses these settings ({one_line(error)})") from None
             return {}
+        except RankGoneError:
+            raise
         except Exception:  # the arm's first row will fail alike, and say why
             return {}
         timed = {"latency_s": video.latency_s, "text_s": video.text_s, "decode_s": video.decode_s}
@@ -223,7 +230,9 @@ class _BakeOff:
         short = self.arguments | {"num_inference_steps": _WARM_UP_STEPS}
         self.progress.works_on("timing dense attention")
         try:
-            video = generate(self.pipe, timed, self.config.schedule, self.plan[0][0], short)
+            video = self.studio.make(Take(timed, self.plan[0][0], short))
+        except RankGoneError:
+            raise
         except Exception:  # a figure the less; the arms' own rows say what is wrong
             return None
         assert video.attention is not None
@@ -245,12 +254,11 @@ class _BakeOff:
         plain = self.config.compile and arm.kernel is not None
         graphs = graphs_compiled()
         try:
-            with uncompiled(self.pipe) if plain else nullcontext():
-                video = generate(
-                    self.pipe, arm, self.config.schedule, case, self.arguments, self.progress.step_done
-                )
+            video = self.studio.make(Take(arm, case, self.arguments, plain), self.progress.step_done)
             row.first_call |= graphs_compiled() > graphs
             self._keep(row, case, video)
+        except RankGoneError:
+            raise
         except Exception as error:  # whatever an arm does, the others go on
             row.status, row.reason = "error", one_line(error)
             row.details = f"details/{self.directory.name(case, arm.name)}.txt"

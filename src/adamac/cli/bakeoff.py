@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -15,7 +16,8 @@ from adamac.cli.lines import complain, quiet_loaders, say
 
 if TYPE_CHECKING:
     from adamac.attention import Schedule
-    from adamac.bakeoff.config import RunDirectory
+    from adamac.bakeoff.config import Config, RunDirectory
+    from adamac.bakeoff.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Bakeoff:
     """Make the same videos with several kinds of attention, and report what was gained and what it cost.
 
     Without options: the embedded pipeline, one prompt of each of four categories, the arms dense, adacluster and svg2.
+    Under torchrun each video is spread over all ranks, each with a GPU of its own.
 
     Attributes:
         model: Directory or hub id of a diffusers pipeline; the embedded one if not given.
@@ -91,12 +94,36 @@ class Report:
 
 
 def bakeoff(options: Bakeoff, console: Console) -> int:
-    """Run a bake-off and draw its report."""
-    from adamac.bakeoff.config import REFERENCE, Config, RunDirectory
+    """Run a bake-off and draw its report; under torchrun on all ranks, of which the first speaks."""
+    from adamac.bakeoff.device import find_device
+    from adamac.bakeoff.ranks import RankGoneError, Ranks
+    from adamac.bakeoff.studio import Studio
+
+    try:
+        ranks = Ranks.join(find_device(options.device))
+        with ranks.agreed():
+            config = _config(options, ranks.size)
+        if ranks.lead:
+            code = _lead(options, config, ranks, console)
+        else:
+            Studio(config, ranks).follow()
+            code = 0
+        if code != 130:  # else the others were broken off as well, perhaps within a collective
+            ranks.leave()
+    except BadInput:
+        if int(os.environ.get("RANK", "0")) == 0:
+            raise
+        return 2  # the first rank says it
+    except RankGoneError as error:
+        complain(str(error))
+        return 1
+    return code
+
+
+def _config(options: Bakeoff, ranks: int) -> Config:
+    from adamac.bakeoff.config import REFERENCE, Config
     from adamac.bakeoff.device import find_device, find_dtype
-    from adamac.bakeoff.progress import ConsoleProgress
     from adamac.bakeoff.prompts import choose_prompts
-    from adamac.bakeoff.run import run_bakeoff
     from adamac.bakeoff.setup import Setup
 
     device = find_device(options.device)
@@ -104,11 +131,10 @@ def bakeoff(options: Bakeoff, console: Console) -> int:
     for drawing in ("jinja2", "matplotlib", "av"):  # missed now, not after the first video or the last one
         import_module(drawing)
     quiet_loaders()
-    arms = options.arms if REFERENCE in options.arms else (REFERENCE, *options.arms)
-    config = Config(
+    return Config(
         model=options.model,
         prompts=choose_prompts(options.prompts, options.model, options.negative_prompt),
-        arms=arms,
+        arms=options.arms if REFERENCE in options.arms else (REFERENCE, *options.arms),
         seeds=options.seeds,
         steps=options.steps,
         height=options.height,
@@ -122,11 +148,19 @@ def bakeoff(options: Bakeoff, console: Console) -> int:
         dtype=options.dtype,
         compile=options.compile,
         setup=None if options.setup is None else Setup.parse(options.setup),
+        ranks=ranks,
     )
+
+
+def _lead(options: Bakeoff, config: Config, ranks: Ranks, console: Console) -> int:
+    from adamac.bakeoff.config import RunDirectory
+    from adamac.bakeoff.progress import ConsoleProgress
+    from adamac.bakeoff.run import run_bakeoff
+
     directory = RunDirectory(options.out)
     try:
         with ConsoleProgress(console) as progress:
-            rows = run_bakeoff(config, directory, progress, resume=options.resume)
+            rows = run_bakeoff(config, directory, progress, resume=options.resume, ranks=ranks)
     except KeyboardInterrupt:
         kept = f"finished videos are kept in {options.out}; go on with the same command and --resume"
         complain(f"broken off; {kept if directory.rows.exists() else 'nothing was finished yet'}")

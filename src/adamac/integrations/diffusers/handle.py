@@ -18,7 +18,7 @@ from adamac.integrations.diffusers.families import family_of, transformers_by_na
 from adamac.integrations.diffusers.hooks import Listener, TransformerHook
 from adamac.integrations.diffusers.ledger import Call, Ledger, Report
 from adamac.integrations.diffusers.padding import TextLengths
-from adamac.integrations.diffusers.parallel import Ranks, ranks_of
+from adamac.integrations.diffusers.parallel import Ranks, learn_arguments, ranks_of
 from adamac.integrations.diffusers.refusals import (
     check_arguments,
     check_back_end,
@@ -188,6 +188,7 @@ class Handle:
 
     def _compile(self) -> None:
         for transformer, family in zip(self._transformers, self._families, strict=True):
+            learn_arguments(transformer)
             for block in family.blocks(transformer):
                 if block._compiled_call_impl is None:
                     block.compile(fullgraph=True)

@@ -13,6 +13,7 @@ waits.
 
 from __future__ import annotations
 
+import inspect
 import math
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +22,7 @@ import diffusers
 import torch
 import torch.distributed as dist
 from diffusers.hooks import FirstBlockCacheConfig, HookRegistry, ModelHook
+from diffusers.hooks.context_parallel import ContextParallelSplitHook
 from diffusers.models._modeling_parallel import ContextParallelConfig
 from torch.distributed import ProcessGroup
 
@@ -72,7 +74,22 @@ def parallelize(pipe: Any, config: ContextParallelConfig) -> None:
         inputs = {name: parts for name, parts in plan.items() if isinstance(parts, dict)}
         # diffusers cuts as asked, into unequal parts if need be.
         transformer.enable_parallelism(config=replace(config, ulysses_anything=True), cp_plan=inputs)
+        learn_arguments(transformer)
         _install_exchange(transformer, family, [name for name in plan if name not in inputs])
+
+
+def learn_arguments(transformer: torch.nn.Module) -> None:
+    """Have diffusers' hooks that cut the sequence look up where their modules take it, which they do in the first call.
+
+    It is Python's own inspection of signatures, which code compiled in full graphs cannot hold.
+    """
+    for module in transformer.modules():
+        hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+        for hook in hooks.values():
+            known = getattr(hook, "module_forward_metadata", None)
+            if isinstance(hook, ContextParallelSplitHook) and known is not None:
+                names = list(inspect.signature(known._cls.forward).parameters)[1:]
+                known.cached_parameter_indices = {name: place for place, name in enumerate(names)}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,61 @@
+"""What the tests of a bake-off on several ranks run, on each of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from play import Silence
+
+from adamac.bakeoff import studio
+from adamac.bakeoff.config import Config, RunDirectory
+from adamac.bakeoff.errors import BadInput
+from adamac.bakeoff.generate import BrokenVideo, generate
+from adamac.bakeoff.prompts import Prompt
+from adamac.bakeoff.ranks import Ranks
+from adamac.bakeoff.rows import Row
+from adamac.bakeoff.run import run_bakeoff
+
+PROMPTS = (Prompt("p0", "any", "a red ball"), Prompt("p1", "any", "a ball moves"))
+
+
+def config_of(model: Path, ranks: int) -> Config:
+    size = {"steps": 4, "height": 64, "width": 64, "frames": 7}
+    return Config(model=str(model), prompts=PROMPTS, arms=("dense", "adacluster"), ranks=ranks, **size)
+
+
+def bake(rank: int, model: Path, out: Path, fails: tuple[str, str] | None = None) -> list[Row] | str:
+    """Take part in a bake-off on the ranks that there are.
+
+    Args:
+        rank: Number of this one.
+        model: A pipeline's folder.
+        out: Where to.
+        fails: Arm and prompt of a video that the second rank finds fault with.
+
+    Returns:
+        Of the first rank the rows, or why nothing was made; of the others nothing.
+    """
+    ranks = Ranks.join(torch.device("cpu"))
+    config = config_of(model, ranks.size)
+
+    def watched(pipe, arm, schedule, case, arguments, on_step=None):
+        video = generate(pipe, arm, schedule, case, arguments, on_step)
+        # A short video to warm up is none that is found fault with.
+        if rank == 1 and (arm.name, case.prompt.id) == fails and len(video.step_s) == config.steps:
+            raise BrokenVideo("frames are not what they should be")
+        return video
+
+    # diffusers numbers ranks by GPUs, of which there may be none here.
+    with (
+        patch.object(torch.accelerator, "device_count", lambda: 1),
+        patch.object(studio, "generate", watched),
+    ):
+        if not ranks.lead:
+            studio.Studio(config, ranks).follow()
+            return []
+        try:
+            return run_bakeoff(config, RunDirectory(out), Silence(), ranks=ranks)
+        except BadInput as error:
+            return str(error)
