@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -209,14 +210,18 @@ def test_what_fails_on_all_ranks_is_agreed_on_and_what_fails_on_some_ends_them(m
     def fail() -> None:
         raise ValueError("on purpose")
 
+    left = threading.Event()
     with ThreadPoolExecutor(1) as pool:
-        other = pool.submit(second.attempt, fail if others_fail else lambda: time.sleep(1))
+        other = pool.submit(second.attempt, fail if others_fail else lambda: left.wait(60))
         if others_fail:
             assert first.attempt(fail) == (None, "ValueError: on purpose")
             assert other.result() == (None, "ValueError: on purpose")
         else:
             with pytest.raises(LeftBehindError, match="on purpose"):
-                first.attempt(fail)
+                try:
+                    first.attempt(fail)
+                finally:
+                    left.set()  # the other was at work all the while, however busy this machine is
 
 
 def test_nothing_begins_after_the_time_limit(tmp_path):
