@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
@@ -217,11 +218,9 @@ def test_what_fails_on_all_ranks_is_agreed_on_and_what_fails_on_some_ends_them(m
             assert first.attempt(fail) == (None, "ValueError: on purpose")
             assert other.result() == (None, "ValueError: on purpose")
         else:
-            with pytest.raises(LeftBehindError, match="on purpose"):
-                try:
-                    first.attempt(fail)
-                finally:
-                    left.set()  # the other was at work all the while, however busy this machine is
+            with pytest.raises(LeftBehindError, match="on purpose"), ExitStack() as stack:
+                stack.callback(left.set)  # the other is at work all the while, however busy this machine is
+                first.attempt(fail)
 
 
 def test_nothing_begins_after_the_time_limit(tmp_path):
