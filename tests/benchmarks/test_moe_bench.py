@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -211,15 +211,22 @@ def test_what_fails_on_all_ranks_is_agreed_on_and_what_fails_on_some_ends_them(m
     def fail() -> None:
         raise ValueError("on purpose")
 
-    left = threading.Event()
+    left = threading.Event()  # the other is at work all the while, however busy this machine is
+
+    @contextmanager
+    def at_work_until_left():
+        try:
+            yield
+        finally:
+            left.set()
+
     with ThreadPoolExecutor(1) as pool:
         other = pool.submit(second.attempt, fail if others_fail else lambda: left.wait(60))
         if others_fail:
             assert first.attempt(fail) == (None, "ValueError: on purpose")
             assert other.result() == (None, "ValueError: on purpose")
         else:
-            with pytest.raises(LeftBehindError, match="on purpose"), ExitStack() as stack:
-                stack.callback(left.set)  # the other is at work all the while, however busy this machine is
+            with at_work_until_left(), pytest.raises(LeftBehindError, match="on purpose"):
                 first.attempt(fail)
 
 
