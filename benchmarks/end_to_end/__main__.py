@@ -66,7 +66,7 @@ def main() -> int:
     except KeyboardInterrupt:
         print(f"broken off; finished turns are in {options.out}", file=sys.stderr)
         return 130
-    if ranks.first:
+    if ranks.lead:
         print(table(rows))
     ranks.leave()
     return 1 if any(row["status"] == "error" for row in rows) else 0
@@ -75,7 +75,7 @@ def main() -> int:
 def _check(options: Check) -> int:
     ranks = Ranks.join(options.device)
     found = check_ranks(ranks, options.device)
-    if ranks.first:
+    if ranks.lead:
         print("\n".join(map(str, found)))
     ranks.leave()
     return 0 if all(each.passed for each in found) else 1

@@ -94,10 +94,10 @@ def run(options: Run, say: Callable[[str], None] = print, ranks: Ranks | None = 
 
         def save(records: list[Record] = records, former: list[dict[str, Any]] = former) -> None:
             rows[:] = former + [record.row() for record in records]
-            if ranks.first:
+            if ranks.lead:
                 file.save(rows)
 
-        _measure(model, records, options, ranks, deadline, save, say if ranks.first else lambda line: None)
+        _measure(model, records, options, ranks, deadline, save, say if ranks.lead else lambda line: None)
         save()
         _free()
     return rows

@@ -60,7 +60,7 @@ class Deadline:
 
     def allows(self, seconds: float = 0) -> bool:
         """Whether something that takes so long would still be done in time."""
-        return self._end is None or self._ranks.first_says(time.perf_counter() + seconds < self._end)
+        return self._end is None or self._ranks.say(time.perf_counter() + seconds < self._end)
 
 
 @dataclass

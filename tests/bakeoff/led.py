@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -12,6 +13,7 @@ from adamac.bakeoff import studio
 from adamac.bakeoff.config import Config, RunDirectory
 from adamac.bakeoff.errors import BadInput
 from adamac.bakeoff.generate import BrokenVideo, generate
+from adamac.bakeoff.pipelines import load_pipeline
 from adamac.bakeoff.prompts import Prompt
 from adamac.bakeoff.ranks import Ranks
 from adamac.bakeoff.rows import Row
@@ -37,7 +39,7 @@ def bake(rank: int, model: Path, out: Path, fails: tuple[str, str] | None = None
     Returns:
         Of the first rank the rows, or why nothing was made; of the others nothing.
     """
-    ranks = Ranks.join(torch.device("cpu"))
+    ranks = Ranks.join("cpu")
     config = config_of(model, ranks.size)
 
     def watched(pipe, arm, schedule, case, arguments, on_step=None):
@@ -59,3 +61,23 @@ def bake(rank: int, model: Path, out: Path, fails: tuple[str, str] | None = None
             return run_bakeoff(config, RunDirectory(out), Silence(), ranks=ranks)
         except BadInput as error:
             return str(error)
+
+
+def refused(rank: int, one_head: Path, two_heads: Path, out: Path) -> list[Any]:
+    """What the first of two ranks says of bake-offs of a model with fewer heads, and of one that fails to load.
+
+    It fails on the second rank alone, as for lack of memory, and not as what is refused by name.
+    """
+
+    def load(*given: Any, **more: Any) -> Any:
+        if rank == 1:
+            raise RuntimeError("no room")
+        return load_pipeline(*given, **more)
+
+    said = [bake(rank, one_head, out)]
+    with patch.object(studio, "load_pipeline", load):
+        try:
+            said.append(bake(rank, two_heads, out))
+        except RuntimeError as error:
+            said.append(str(error))
+    return said

@@ -6,19 +6,25 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from led import PROMPTS, bake, config_of
+from led import PROMPTS, bake, config_of, refused
 from play import Silence, save_tiny_wan
 
+from adamac import cli
 from adamac.bakeoff.config import RunDirectory
 from adamac.bakeoff.errors import BadInput
 from adamac.bakeoff.ranks import Ranks, _own_card
 from adamac.bakeoff.report import draw
 from adamac.bakeoff.rows import read_rows
 from adamac.bakeoff.run import run_bakeoff
+from adamac.bakeoff.setup import Setup
+from adamac.bakeoff.studio import _check_card, _ready
+from adamac.cli import commands
 from adamac.testing import run_ranks
 
 
@@ -79,16 +85,19 @@ def test_what_fails_on_another_rank_is_an_error_row_and_the_others_go_on(two_hea
     assert all(row.ok for row in found.values())
 
 
-def test_what_is_refused_lets_the_other_ranks_go(tiny_model, tmp_path):
+def test_what_is_refused_or_fails_to_load_lets_the_other_ranks_go(tiny_model, two_heads, tmp_path):
     out = tmp_path / "run"
-    told, _ = run_ranks(bake, 2, tiny_model, out)
-    assert told.startswith("torchrun: ")
-    assert "heads" in told
+    (heads, memory), followed = run_ranks(refused, 2, tiny_model, two_heads, out)
+    assert heads.startswith("torchrun: ")
+    assert "heads" in heads
+    assert memory == "rank 1: RuntimeError: no room"
+    assert followed == [[], []]
     assert not out.exists()
 
 
 def test_every_rank_takes_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert _own_card(torch.device("cuda")) == 1
     with pytest.raises(
@@ -96,8 +105,59 @@ def test_every_rank_takes_a_gpu_of_its_own(monkeypatch):
     ):
         _own_card(torch.device("cuda:0"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(BadInput, match="2 ranks or more on a machine of 1 GPUs; start one for each GPU"):
-        _own_card(torch.device("cuda"))
+    for rank in "01":  # all of them, not only those without
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with pytest.raises(BadInput, match="2 ranks on a machine of 1 GPUs; start one for each GPU"):
+            _own_card(torch.device("cuda"))
+
+
+def test_a_pipeline_on_another_ranks_gpu_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    for place in ("cpu", "cuda", "cuda:1"):
+        _check_card(SimpleNamespace(_execution_device=torch.device(place)))
+    with pytest.raises(BadInput, match="setup: the pipeline was put on cuda:0, expected cuda:1 on this rank"):
+        _check_card(SimpleNamespace(_execution_device=torch.device("cuda:0")))
+
+
+def test_offloading_that_names_no_gpu_takes_the_ranks_own(play, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    setup = tmp_path / "mine.py"
+    setup.write_text("def ready(pipe):\n    assert pipe._offload_gpu_id == 1\n")
+    config = config_of(tmp_path, 2)
+    assert _ready(replace(config, device="cuda", setup=Setup.parse(f"{setup}:ready"))) is play
+
+
+def test_the_environment_of_another_program_is_no_torchrun(monkeypatch, capsys, tmp_path):
+    for name in ("WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    asked = ["bakeoff", "--prompts", str(tmp_path / "absent"), "--out", str(tmp_path / "out")]
+    monkeypatch.setenv("RANK", "1")
+    assert cli.main(asked) == 2  # and not in silence, as another rank than the first
+    assert "absent" in capsys.readouterr().err
+    monkeypatch.delenv("RANK")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(asked) == 2
+    assert "WORLD_SIZE is 2, but RANK is not set" in capsys.readouterr().err
+
+
+def test_among_ranks_the_program_ends_at_once_with_what_nobody_foresaw(monkeypatch, capsys):
+    def broken() -> int:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(commands, "main", broken)
+    monkeypatch.setattr(commands, "_among_ranks", lambda: True)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit) as ended:
+        commands.entry()
+    assert ended.value.code == 1
+    assert "RuntimeError: a bug" in capsys.readouterr().err
+
+
+def test_of_several_ranks_the_first_speaks(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, speaks in (("0", True), ("1", False)):
+        monkeypatch.setenv("RANK", rank)
+        assert Ranks.speaks() is speaks
 
 
 def test_a_rank_by_itself_hears_itself():

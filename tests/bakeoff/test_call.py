@@ -94,9 +94,9 @@ def test_a_negative_prompt_changes_the_video(tiny_model, tmp_path, progress):
         (WanPipeline, FOG, {"guidance_scale": 1.0}, "WanPipeline reads it at guidance_scale above 1 alone, which is 1 here"),
         (HunyuanVideoPipeline, FOG, {}, "HunyuanVideoPipeline reads it at true_cfg_scale above 1 alone, which is 1 here"),
         (WanPipeline, replace(FOG, negative=""), {"guidance_scale": 1.0}, ""),
-        (WanPipeline, Prompt("p1", "any", "a", image=Picture("a.png", "")), {}, "image: WanPipeline takes none"),
+        (WanPipeline, Prompt("p1", "any", "a", image=Picture("a.png", "", b"")), {}, "image: WanPipeline takes none"),
         (WanImageToVideoPipeline, Prompt("p1", "any", "a"), {}, "needs one, and prompt 'p1' has none"),
-        (WanImageToVideoPipeline, Prompt("p1", "any", "a", image=Picture("a.png", "")), {}, ""),
+        (WanImageToVideoPipeline, Prompt("p1", "any", "a", image=Picture("a.png", "", b"")), {}, ""),
     ],
 )  # fmt: skip
 def test_what_would_be_passed_over_or_is_missing_is_refused(kind, prompt, arguments, problem):

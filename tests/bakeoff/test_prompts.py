@@ -1,10 +1,14 @@
+import json
 from pathlib import Path
 
 import pytest
+from diffusers.utils import load_image
 from PIL import Image
 
 from adamac import embedded
+from adamac.bakeoff.config import Config
 from adamac.bakeoff.errors import BadInput
+from adamac.bakeoff.picture import Picture
 from adamac.bakeoff.prompts import choose_prompts, read_prompts
 
 
@@ -56,7 +60,7 @@ def test_json_lines_and_plain_lines_are_told_apart(tmp_path):
         ),
         (
             b'{"prompt": "a", "image": "prompts"}',
-            "line 1: image: .*prompts is not an image .*cannot identify",
+            "line 1: image: .*prompts is not an image of a kind that is known",
         ),
         (b'{"prompt": "a", "guidance": 3}', "line 1 has a guidance, which is not of a prompt here"),
         (b'{"id": "x", "prompt": "a"}\n{"id": "x", "prompt": "b"}', "twice"),
@@ -132,3 +136,46 @@ def test_an_image_lies_beside_its_file_and_is_known_by_its_content(tmp_path):
     assert (image.size, image.mode, image.getpixel((0, 0))) == ((4, 3), "RGB", (200, 200, 200))
     Image.new("L", (4, 3), 100).save(picture)
     assert read_prompts(path) != (before,)
+
+
+def test_what_is_null_is_not_given(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "a", "negative_prompt": null, "image": null}')
+    (prompt,) = choose_prompts(str(path), "m", "fog")
+    assert (prompt.negative, prompt.image) == ("fog", None)
+
+
+@pytest.mark.parametrize("kind", ["upright by its EXIF", "transparent", "of a palette", "animated"])
+def test_an_image_is_what_diffusers_makes_of_its_file(tmp_path, kind):
+    path, image = tmp_path / "first", Image.linear_gradient("L").resize((6, 4))
+    if kind == "upright by its EXIF":
+        lies = Image.Exif()
+        lies[0x0112] = 6
+        image.convert("RGB").save(path, "JPEG", exif=lies)
+    elif kind == "transparent":
+        Image.merge("LA", (image, image.rotate(180))).save(path, "PNG")
+    elif kind == "of a palette":
+        image.quantize(4).save(path, "PNG", transparency=0)
+    else:
+        image.save(path, "GIF", save_all=True, append_images=[Image.new("L", (6, 4), 9)])
+    ours, theirs = Picture.find(path).load(), load_image(str(path))
+    assert (ours.size, ours.mode, ours.tobytes()) == (theirs.size, theirs.mode, theirs.tobytes())
+
+
+@pytest.mark.parametrize("mode", ["I;16", "F"])
+def test_an_image_that_would_come_out_white_is_refused(tmp_path, mode):
+    Image.new(mode, (4, 3), 300).save(tmp_path / "deep.tif")
+    with pytest.raises(BadInput, match=r"image: .*deep.tif has more than 8 bits of grey.*; save it with 8"):
+        Picture.find(tmp_path / "deep.tif")
+
+
+def test_an_image_stays_as_it_was_when_the_run_began(tmp_path):
+    path, picture = tmp_path / "a.jsonl", tmp_path / "first.png"
+    path.write_text('{"prompt": "a", "image": "first.png"}')
+    Image.new("L", (4, 3), 200).save(picture)
+    prompts = read_prompts(path)
+    picture.unlink()
+    assert prompts[0].arguments()["image"].getpixel((0, 0)) == (200, 200, 200)
+    asked = Config(model="m", prompts=prompts, arms=("dense",)).to_dict()
+    assert asked["prompts"][0]["image"].keys() == {"file", "digest"}
+    assert json.dumps(asked)

@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from diffusers import WanPipeline
 
 from adamac import cli
 from adamac.bakeoff.config import Config, RunDirectory
 from adamac.bakeoff.errors import BadInput
 from adamac.bakeoff.generate import generate
+from adamac.bakeoff.pipelines import load_pipeline
 from adamac.bakeoff.prompts import Prompt
 from adamac.bakeoff.run import run_bakeoff
 from adamac.bakeoff.setup import Setup
@@ -112,3 +115,15 @@ def test_the_command_takes_it_and_writes_nothing_when_it_fails(tiny_model, file,
     assert cli.main(arguments) == 2
     assert "no such adapter" in capsys.readouterr().err
     assert not (out / "rows.jsonl").exists()
+
+
+def test_a_model_that_does_not_fit_is_one_line_that_says_how_it_may(tiny_model, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("out of memory. Tried to allocate 1 GiB\nSee documentation")
+
+    monkeypatch.setattr(WanPipeline, "to", full)
+    with pytest.raises(
+        BadInput, match=r"does not fit into the memory of cpu \(.*1 GiB\); offload .* --setup"
+    ) as error:
+        load_pipeline(str(tiny_model), "cpu")
+    assert "\n" not in str(error.value)

@@ -44,7 +44,7 @@ def measured(rank: int, out: Path) -> tuple[list[dict[str, Any]], list[float], b
     arms_module.ARMS["broken"] = Arm("broken", "fails on each rank by itself", lambda: refuses_heads)
     options = replace(OPTIONS, out=out / f"rank{rank}.jsonl", arms=(*OPTIONS.arms, "broken"))
     rows = run(options, lambda line: None, ranks)
-    return rows, ranks.slowest([1.0 + rank, 5.0 - rank]), ranks.first_says(rank == 0)
+    return rows, ranks.slowest([1.0 + rank, 5.0 - rank]), ranks.say(rank == 0)
 
 
 @pytest.fixture(scope="module")

@@ -96,7 +96,13 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it, without the schedule, which runs name apart."""
-        return json.loads(json.dumps({k: v for k, v in asdict(self).items() if k != "schedule"}))
+        asked = asdict(self, dict_factory=_without_contents)
+        return json.loads(json.dumps({k: v for k, v in asked.items() if k != "schedule"}))
+
+
+def _without_contents(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Leave out what a file held, whose digest is there."""
+    return {name: value for name, value in pairs if not isinstance(value, bytes)}
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ def generate(
     Raises:
         BrokenVideo: If latents or frames are NaN, infinite, black or constant.
     """
-    asked = case.prompt.arguments()  # reads an image, which is not to be timed
+    asked = case.prompt.arguments()  # decodes an image, which is not to be timed
     device = str(pipe._execution_device)  # where offloading pipelines run, which pipe.device does not tell
     with _installed(pipe, arm, schedule) as handle, arm.dense_kernel():
         memory = MemoryPeak(device)

@@ -38,7 +38,7 @@ def load_pipeline(model: str | None, device: str, dtype: str = "auto", *, place:
         place: Whether to put it there; else it stays on the processor.
 
     Raises:
-        BadInput: If the device is not there, or the model is not a pipeline that can be loaded.
+        BadInput: If the device is not there or too small, or the model is not a pipeline that can be loaded.
     """
     target = find_device(device)
     weights = find_dtype(dtype, target)
@@ -46,7 +46,13 @@ def load_pipeline(model: str | None, device: str, dtype: str = "auto", *, place:
         # torch_dtype, which all supported versions of diffusers know, is called dtype in the newest.
         warnings.filterwarnings("ignore", message=".*torch_dtype", category=FutureWarning)
         where = target if place else torch.device("cpu")
-        pipe = _embedded(where, weights) if model is None else _from_pretrained(model, weights).to(where)
+        try:
+            pipe = _embedded(where, weights) if model is None else _from_pretrained(model, weights).to(where)
+        except torch.OutOfMemoryError as error:
+            raise BadInput(
+                f"model: {model or 'the embedded one'} does not fit into the memory of {where} ({one_line(error)}); offload it in "
+                "a function for --setup of a bake-off, or give a narrower dtype"
+            ) from None
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -124,7 +124,7 @@ def _from_json(path: Path, number: int, line: str) -> Prompt:
     if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str) or not entry["prompt"].strip():
         raise BadInput(f'prompts: {path}, line {number} has no "prompt"')
     for key in ("negative_prompt", "image"):
-        if key in entry and not isinstance(entry[key], str):
+        if not isinstance(entry.get(key), str | None):
             raise BadInput(
                 f"prompts: {path}, line {number}: {key} must be a text, got {json.dumps(entry[key])}"
             )
@@ -162,7 +162,7 @@ def _prompt(entry: dict[str, Any], default_id: str, folder: Path) -> Prompt:
         category="any" if category is None else str(category),
         text=entry["prompt"].strip(),
         negative=entry.get("negative_prompt"),
-        image=Picture.find(folder / entry["image"]) if "image" in entry else None,
+        image=None if entry.get("image") is None else Picture.find(folder / entry["image"]),
     )
 
 

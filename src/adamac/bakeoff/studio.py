@@ -14,7 +14,7 @@ from adamac.bakeoff.config import Case, Config
 from adamac.bakeoff.errors import BadInput, one_line
 from adamac.bakeoff.generate import OnStep, Video, generate
 from adamac.bakeoff.pipelines import Pipeline, load_pipeline
-from adamac.bakeoff.ranks import Ranks
+from adamac.bakeoff.ranks import RankGoneError, Ranks
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class Studio:
 
         Raises:
             BadInput: If it cannot be loaded, made ready, spread or compiled, on this rank or another.
+            RuntimeError: If another rank failed in any other way; what this one raises is passed on.
         """
         self._ranks.say(_OPEN)
         self._open()
@@ -81,6 +82,8 @@ class Studio:
         while (word := self._ranks.say()) is not None:
             try:
                 self._open() if word == _OPEN else self._make(word)
+            except RankGoneError:
+                raise
             except Exception:  # the first rank knows, says it and decides
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
@@ -89,6 +92,7 @@ class Studio:
         with self._ranks.agreed():
             self.pipe = _ready(self._config)
             if self._ranks.size > 1:
+                _check_card(self.pipe)
                 _spread(self.pipe, self._ranks.size)
             if self._config.compile:
                 compile_blocks(self.pipe)
@@ -113,7 +117,25 @@ def _ready(config: Config) -> Pipeline:
     asked = (config.model, config.device, config.dtype)
     if config.setup is None:
         return load_pipeline(*asked)
-    return config.setup.make_ready(lambda: load_pipeline(*asked, place=False))
+
+    def load() -> Pipeline:
+        pipe = load_pipeline(*asked, place=False)
+        if config.ranks > 1 and torch.device(config.device).type == "cuda":
+            # Where diffusers' offloading goes if it is not told, which is the first GPU on every rank else.
+            pipe._offload_gpu_id = torch.cuda.current_device()
+        return pipe
+
+    return config.setup.make_ready(load)
+
+
+def _check_card(pipe: Pipeline) -> None:
+    """Refuse a pipeline that was put on another rank's GPU."""
+    where = torch.device(pipe._execution_device)
+    if where.type == "cuda" and where.index not in (None, own := torch.cuda.current_device()):
+        raise BadInput(
+            f"setup: the pipeline was put on {where}, expected cuda:{own} on this rank; say cuda, or "
+            "torch.cuda.current_device()"
+        )
 
 
 def _spread(pipe: Pipeline, ranks: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -95,29 +94,25 @@ class Report:
 
 def bakeoff(options: Bakeoff, console: Console) -> int:
     """Run a bake-off and draw its report; under torchrun on all ranks, of which the first speaks."""
-    from adamac.bakeoff.device import find_device
     from adamac.bakeoff.ranks import RankGoneError, Ranks
     from adamac.bakeoff.studio import Studio
 
     try:
-        ranks = Ranks.join(find_device(options.device))
+        ranks = Ranks.join(options.device)
         with ranks.agreed():
             config = _config(options, ranks.size)
         if ranks.lead:
-            code = _lead(options, config, ranks, console)
-        else:
-            Studio(config, ranks).follow()
-            code = 0
-        if code != 130:  # else the others were broken off as well, perhaps within a collective
-            ranks.leave()
-    except BadInput:
-        if int(os.environ.get("RANK", "0")) == 0:
-            raise
-        return 2  # the first rank says it
+            return _lead(options, config, ranks, console)
+        Studio(config, ranks).follow()
+        ranks.leave()
     except RankGoneError as error:
-        complain(str(error))
+        if Ranks.speaks():
+            complain(f"{error}; {_kept(options)}")
         return 1
-    return code
+    except (BadInput, ModuleNotFoundError):  # of all ranks
+        if Ranks.speaks():
+            raise
+    return 0
 
 
 def _config(options: Bakeoff, ranks: int) -> Config:
@@ -162,11 +157,19 @@ def _lead(options: Bakeoff, config: Config, ranks: Ranks, console: Console) -> i
         with ConsoleProgress(console) as progress:
             rows = run_bakeoff(config, directory, progress, resume=options.resume, ranks=ranks)
     except KeyboardInterrupt:
-        kept = f"finished videos are kept in {options.out}; go on with the same command and --resume"
-        complain(f"broken off; {kept if directory.rows.exists() else 'nothing was finished yet'}")
-        return 130
+        complain(f"broken off; {_kept(options)}")
+        return 130  # among ranks that were broken off as well, perhaps within a collective, and cannot leave in order
+    ranks.leave()
     _draw(directory, console)
     return 0 if all(row.ok for row in rows) else 1
+
+
+def _kept(options: Bakeoff) -> str:
+    from adamac.bakeoff.config import RunDirectory
+
+    if not RunDirectory(options.out).rows.exists():
+        return "nothing was finished yet"
+    return f"finished videos are kept in {options.out}; go on with the same command and --resume"
 
 
 def report(options: Report, console: Console) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -95,11 +96,21 @@ def entry() -> None:
     """Run as a program."""
     # torch warns where there is no numpy; commands that need it say so in a line, the others do not need it.
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
-    code = main()
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+    try:
+        code = main()
+    except Exception:
+        if not _among_ranks():
+            raise
+        traceback.print_exc()
+        code = 1
+    if _among_ranks():
         # Not left in order, since another rank is gone: torch's threads wait for it, and would abort the program as it ends.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def _among_ranks() -> bool:
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
