@@ -17,6 +17,7 @@ from adamac.bakeoff.errors import BadInput
 from adamac.bakeoff.picture import Picture
 from adamac.bakeoff.pipelines import check_prompts
 from adamac.bakeoff.prompts import Prompt
+from adamac.bakeoff.report import draw
 from adamac.bakeoff.run import run_bakeoff
 
 SIZE = {"steps": 2, "height": 64, "width": 64, "frames": 7}
@@ -48,6 +49,8 @@ def test_videos_begin_with_their_images_in_every_arm(from_image, pictures, direc
     assert red != blue
     assert rows["p0", "adacluster"].sparse_calls > 0
     assert run_bakeoff(config, directory, progress, resume=True) == list(rows.values())
+    draw(directory)
+    assert "from red.png" in directory.report.read_text(encoding="utf-8")
 
 
 def test_a_run_whose_image_was_changed_is_another_run(play, pictures, directory, progress):

@@ -158,6 +158,10 @@ def changed(**entries):
         (lambda run: "7", "got 7"),
         (changed(config=[]), "expected config to be an object, got []"),
         (changed(config={"arms": []}), "expected a list named config.prompts"),
+        (
+            lambda run: json.dumps(run | {"config": run["config"] | {"prompts": ["a ball"]}}),
+            'expected config.prompts to be objects with an id, got "a ball"',
+        ),
         (changed(methods=None), "expected an object named methods"),
         (changed(machine={}), "expected a text named machine.device"),
         (changed(first_calls="none"), 'expected first_calls to be an object, got "none"'),

@@ -248,6 +248,9 @@ def _damage(run: Any) -> str:
             return f"expected {_KINDS[kind]} named {name}, found none"
         if not isinstance(holder[last], kind):
             return f"expected {name} to be {_KINDS[kind]}, got {_brief(holder[last])}"
+    for prompt in run["config"]["prompts"]:
+        if not isinstance(prompt, dict) or not isinstance(prompt.get("id"), str):
+            return f"expected config.prompts to be objects with an id, got {_brief(prompt)}"
     return ""
 
 
@@ -256,9 +259,8 @@ def _say_what_was_not_asked(config: dict[str, Any]) -> None:
     for name, value in (("compile", False), ("setup", None), ("ranks", 1)):
         config.setdefault(name, value)
     for prompt in config["prompts"]:
-        if isinstance(prompt, dict):
-            for name in ("negative", "image"):
-                prompt.setdefault(name, None)
+        for name in ("negative", "image"):
+            prompt.setdefault(name, None)
 
 
 def _brief(value: Any) -> str:

@@ -39,9 +39,19 @@ class Shown:
 
 @dataclass(frozen=True)
 class ShownCase:
-    """The videos of one prompt and seed, side by side."""
+    """The videos of one prompt and seed, side by side.
+
+    Attributes:
+        prompt: Its text.
+        asked: What it had besides: a negative prompt, the name of a first image.
+        prompt_id: Its id.
+        category: Its category.
+        seed: The seed.
+        videos: By arm.
+    """
 
     prompt: str
+    asked: list[str]
     prompt_id: str
     category: str
     seed: int
@@ -87,7 +97,7 @@ def render(summary: dict[str, Any], rows: list[Row], directory: RunDirectory) ->
         has_tail=has_tail(summary),
         too_few=TOO_FEW,
         warnings=warnings(summary, rows),
-        cases=_cases(rows, list(summary["arms"]), directory),
+        cases=_cases(rows, summary, directory),
         charts=charts.draw_all(summary, rows, colours),
         colours=colours,
         style=(_HERE / "style.css").read_text(encoding="utf-8"),
@@ -95,8 +105,9 @@ def render(summary: dict[str, Any], rows: list[Row], directory: RunDirectory) ->
     )
 
 
-def _cases(rows: list[Row], arms: list[str], directory: RunDirectory) -> list[ShownCase]:
+def _cases(rows: list[Row], summary: dict[str, Any], directory: RunDirectory) -> list[ShownCase]:
     """Group rows by case; within a case the arms have the order of the summary, whatever order they ran in."""
+    arms, asked = list(summary["arms"]), _asked(summary["run"]["config"]["prompts"])
     grouped: dict[tuple[str, int], list[Row]] = {}
     for row in rows:
         grouped.setdefault((row.prompt_id, row.seed), []).append(row)
@@ -108,8 +119,19 @@ def _cases(rows: list[Row], arms: list[str], directory: RunDirectory) -> list[Sh
             source, room = _source(row, directory, room)
             shown.append(Shown(row, source))
         first = of_case[0]
-        cases.append(ShownCase(first.prompt, first.prompt_id, first.category, first.seed, shown))
+        more = asked.get(first.prompt_id, [])
+        cases.append(ShownCase(first.prompt, more, first.prompt_id, first.category, first.seed, shown))
     return cases
+
+
+def _asked(prompts: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """By prompt, what it had besides its text."""
+    found: dict[str, list[str]] = {}
+    for prompt in prompts:
+        negative, image = prompt["negative"], prompt["image"]
+        lines = [f"not: {negative}"] if negative else []
+        found[prompt["id"]] = lines + ([f"from {Path(image['file']).name}"] if image else [])
+    return found
 
 
 def _source(row: Row, directory: RunDirectory, room: int) -> tuple[str, int]:
