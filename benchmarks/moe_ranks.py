@@ -144,7 +144,7 @@ def cause_words(rows: list[Row]) -> str:
     far = [p for p in predictions(_of(rows, "shm", 4)) if abs(p[2] / p[3] - 1) > WITHIN]
     waiting = sum(row["preset"] == "bigmac" for row, *_ in far)
     gathered, copied = (
-        median(said / ms - 1 for row, _, said, ms in predictions(_of(rows, "shm", 4)) if row["arm"] == f"{BASELINE}/{way}")
+        median(predicted / ms - 1 for row, _, predicted, ms in predictions(_of(rows, "shm", 4)) if row["arm"] == f"{BASELINE}/{way}")
         for way in ("all_gather", COPY_PER_EXPERT)
     )  # fmt: skip
     return (
@@ -190,7 +190,11 @@ def _trainings(rows: list[Row]) -> Iterable[tuple[str, int, str, dict[str, Row]]
 
 
 def _errors(rows: list[Row], fabric: str, ranks: int, name: str) -> list[float]:
-    return [said / ms - 1 for _, which, said, ms in predictions(_of(rows, fabric, ranks)) if which == name]
+    return [
+        predicted / ms - 1
+        for _, which, predicted, ms in predictions(_of(rows, fabric, ranks))
+        if which == name
+    ]
 
 
 def _best_ms(shape: Shape, name: str, side: str) -> float:

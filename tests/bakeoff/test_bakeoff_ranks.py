@@ -14,11 +14,12 @@ import pytest
 import torch
 from led import PROMPTS, bake, config_of, refused
 from play import Silence, save_tiny_wan
+from play import config_of as play_config
 
 from adamac import cli
 from adamac.bakeoff.config import RunDirectory
 from adamac.bakeoff.errors import BadInput
-from adamac.bakeoff.ranks import Ranks, _own_card
+from adamac.bakeoff.ranks import RankGoneError, Ranks, _own_card
 from adamac.bakeoff.report import draw
 from adamac.bakeoff.rows import read_rows
 from adamac.bakeoff.run import run_bakeoff
@@ -158,6 +159,25 @@ def test_of_several_ranks_the_first_speaks(monkeypatch):
     for rank, speaks in (("0", True), ("1", False)):
         monkeypatch.setenv("RANK", rank)
         assert Ranks.speaks() is speaks
+
+
+def test_a_rank_that_is_gone_ends_the_run_and_is_no_error_row(play, directory, progress):
+    said = []
+
+    class LeftBehind(Ranks):
+        def say(self, word=None):
+            said.append(word)
+            return word
+
+        def all(self, mine):
+            if len(progress.rows) == 2:
+                raise RankGoneError("another rank ended")
+            return super().all(mine)
+
+    with pytest.raises(RankGoneError):
+        run_bakeoff(play_config("a ball", "a fox"), directory, progress, ranks=LeftBehind())
+    assert [row.status for row in read_rows(directory.rows)] == ["ok", "ok"]
+    assert said[-1] is not None  # nobody listens any more
 
 
 def test_a_rank_by_itself_hears_itself():

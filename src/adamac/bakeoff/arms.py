@@ -28,8 +28,8 @@ class Arm:
         note: What it is, in a line.
         method: Makes the plans; ``None`` leaves the pipeline as it is.
         kernel: Name of the dense kernel that torch uses wherever it can (of ``SDPBackend``, whose members cannot be sent
-            to other ranks); what it cannot take (in the autoencoder or the text
-            encoder, with widths or masks of their own) goes to the unfused one. ``None`` leaves the choice to torch.
+            to other ranks); what it cannot take (in the autoencoder or the text encoder, with widths or masks of their own) goes
+            to the unfused one. ``None`` leaves the choice to torch.
     """
 
     name: str

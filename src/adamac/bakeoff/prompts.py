@@ -13,6 +13,12 @@ from adamac.bakeoff.errors import BadInput
 from adamac.bakeoff.picture import Picture
 
 _KEYS = ("prompt", "id", "category", "negative_prompt", "image")
+_KINDS = {
+    "id": str | int | None,
+    "category": str | int | None,
+    "negative_prompt": str | None,
+    "image": str | None,
+}
 # Names that others give to some of them, too far from ours to be taken for a slip.
 _OTHER_NAMES = {"negative": "negative_prompt", "image_path": "image", "first_frame": "image"}
 # What would change a video if it were read.
@@ -123,11 +129,6 @@ def _from_json(path: Path, number: int, line: str) -> Prompt:
         raise BadInput(f"prompts: {path}, line {number} is not JSON ({error.msg})") from None
     if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str) or not entry["prompt"].strip():
         raise BadInput(f'prompts: {path}, line {number} has no "prompt"')
-    for key in ("negative_prompt", "image"):
-        if not isinstance(entry.get(key), str | None):
-            raise BadInput(
-                f"prompts: {path}, line {number}: {key} must be a text, got {json.dumps(entry[key])}"
-            )
     for key in entry.keys() - set(_KEYS):
         meant = _OTHER_NAMES.get(key) or next(iter(difflib.get_close_matches(key, _KEYS, 1, 0.75)), None)
         if meant:
@@ -137,8 +138,8 @@ def _from_json(path: Path, number: int, line: str) -> Prompt:
                 f"prompts: {path}, line {number} has a {key}, which is not of a prompt here; remove it, "
                 "all prompts are made alike"
             )
-    for key in ("id", "category"):
-        if not isinstance(entry.get(key), str | int | None):
+    for key, kinds in _KINDS.items():
+        if not isinstance(entry.get(key), kinds):
             raise BadInput(
                 f"prompts: {path}, line {number}: {key} must be a text, got {json.dumps(entry[key])}"
             )

@@ -23,8 +23,11 @@ from adamac.bakeoff.errors import BadInput, one_line
 _PATIENT = timedelta(days=7)  # a rank that is gone is noticed at once
 
 
-class RankGoneError(RuntimeError):
-    """Another rank ended without a word, so that no video can be made any more."""
+class RankGoneError(BaseException):
+    """Another rank ended without a word, so that no video can be made any more.
+
+    No :class:`Exception`: like the user's interrupt it ends the run, and is no failure of an arm that the others go on after.
+    """
 
 
 @dataclass(frozen=True)
@@ -151,8 +154,6 @@ class Ranks:
         """
         try:
             yield
-        except RankGoneError:
-            raise
         except Exception:
             self.say(None)
             raise

@@ -30,7 +30,7 @@ from adamac.bakeoff.generate import Video
 from adamac.bakeoff.machine import machine_stamp
 from adamac.bakeoff.metrics.video import compare
 from adamac.bakeoff.pipelines import call_arguments, check_prompts, frames_per_second
-from adamac.bakeoff.ranks import RankGoneError, Ranks
+from adamac.bakeoff.ranks import Ranks
 from adamac.bakeoff.rows import Row, append_row, read_rows, write_rows
 from adamac.bakeoff.studio import Studio, Take
 from adamac.bakeoff.videos import write_video
@@ -88,8 +88,9 @@ def run_bakeoff(
         BadInput: If something asked for cannot be done; nothing has been written then.
         RankGoneError: If another rank ended.
     """
-    with (ranks or Ranks()).leading():
-        return _run(config, directory, progress, resume, Studio(config, ranks or Ranks()))
+    ranks = ranks or Ranks()
+    with ranks.leading():
+        return _run(config, directory, progress, resume, Studio(config, ranks))
 
 
 def _run(
@@ -212,8 +213,6 @@ class _BakeOff:
             if arm.name == REFERENCE:
                 raise BadInput(f"the model refuses these settings ({one_line(error)})") from None
             return {}
-        except RankGoneError:
-            raise
         except Exception:  # the arm's first row will fail alike, and say why
             return {}
         timed = {"latency_s": video.latency_s, "text_s": video.text_s, "decode_s": video.decode_s}
@@ -231,8 +230,6 @@ class _BakeOff:
         self.progress.works_on("timing dense attention")
         try:
             video = self.studio.make(Take(timed, self.plan[0][0], short))
-        except RankGoneError:
-            raise
         except Exception:  # a figure the less; the arms' own rows say what is wrong
             return None
         assert video.attention is not None
@@ -257,8 +254,6 @@ class _BakeOff:
             video = self.studio.make(Take(arm, case, self.arguments, plain), self.progress.step_done)
             row.first_call |= graphs_compiled() > graphs
             self._keep(row, case, video)
-        except RankGoneError:
-            raise
         except Exception as error:  # whatever an arm does, the others go on
             row.status, row.reason = "error", one_line(error)
             row.details = f"details/{self.directory.name(case, arm.name)}.txt"

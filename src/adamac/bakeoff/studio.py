@@ -14,7 +14,7 @@ from adamac.bakeoff.config import Case, Config
 from adamac.bakeoff.errors import BadInput, one_line
 from adamac.bakeoff.generate import OnStep, Video, generate
 from adamac.bakeoff.pipelines import Pipeline, load_pipeline
-from adamac.bakeoff.ranks import RankGoneError, Ranks
+from adamac.bakeoff.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,6 @@ class Studio:
         while (word := self._ranks.say()) is not None:
             try:
                 self._open() if word == _OPEN else self._make(word)
-            except RankGoneError:
-                raise
             except Exception:  # the first rank knows, says it and decides
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()

@@ -272,9 +272,8 @@ class _TracedAttention(TorchFunctionMode):
         self.seen = True
         named = _named(args, kwargs)
         query, key, value = _as_autocast(named["query"], named["key"], named["value"])
-        if wants_gradient(
-            query, key, value
-        ):  # the operator has none, and below it nothing tells that one is wanted
+        # The operator has none, and below it nothing tells that one is wanted.
+        if wants_gradient(query, key, value):
             raise RuntimeError(_NO_GRADIENT)
         parts = (query, key, value, named.get("attn_mask"), named.get("scale"))
         flags = (named.get("dropout_p") or 0.0, bool(named.get("is_causal")), bool(named.get("enable_gqa")))
