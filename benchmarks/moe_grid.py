@@ -247,9 +247,10 @@ def _repeated_words(first: dict[Any, Shape], second: dict[Any, Shape]) -> str:
     if not both:
         return ""
     apart = [abs(second[key].best(name) / first[key].best(name) - 1) for key in both for name in PASSES]
-    row = next(iter(second.values())).arms[f"bigmac/{COPY_PER_EXPERT}"]
+    commits = dict.fromkeys(shape.arms[f"bigmac/{COPY_PER_EXPERT}"]["commit"] for shape in second.values())
+    named = " and ".join(f"`{commit}`" for commit in commits)
     return (
-        f"Those over NVLink and sockets are of a later run (`{row['commit']}`, `h200/moe_grid_uneven.jsonl`), beside which the machine's other cards were at work; the {len(both)} shapes "
+        f"Those over NVLink and sockets are of later runs ({named}, `h200/moe_grid_uneven.jsonl`), beside which the machine's other cards were at work; the {len(both)} shapes "
         f"that the run of the grid had come out {median(apart):.0%} apart in the median."
     )
 

@@ -85,7 +85,7 @@ def uneven_words(rows: list[Row]) -> str:
     found = errors(layer_points(rows))
     flags = [entry["equal"] for row in ok(rows, "moe_layer") for entry in row["bytes"].values()]
     return (
-        f"In the later run of uneven shapes (`h200/moe_grid_uneven.jsonl`, constants of its own) {sum(abs(error) <= WITHIN for error in found)} of {len(found)} were within 15 %, "
+        f"In the later runs of uneven shapes (`h200/moe_grid_uneven.jsonl`, each with constants of its own) {sum(abs(error) <= WITHIN for error in found)} of {len(found)} were within 15 %, "
         f"{median(map(abs, found)):.0%} off in the median; bytes were the formula's in {sum(flags)} of {len(flags)} passes."
     )
 

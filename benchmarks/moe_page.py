@@ -67,7 +67,6 @@ class Later:
         rivals: Other packages through shared memory.
         models: Whole models; of these rows the page has the training steps.
         serving: Prefill and decoding.
-        mended: The same after a review's findings in decoding.
         layouts: Training steps of a model that lies whole on every rank, or in shares.
         launching: What the host pays for a launch.
     """
@@ -78,7 +77,6 @@ class Later:
     rivals: list[Row]
     models: list[Row]
     serving: list[Row]
-    mended: list[Row]
     layouts: list[Row]
     launching: list[Row]
 
@@ -109,7 +107,7 @@ def quality() -> list[Row]:
 
 def later() -> Later:
     """Rows of the runs after the last whole one."""
-    names = ("grid", "grid_uneven", "ranks", "rivals", "models", "serving", "serving_mended", "layouts")
+    names = ("grid", "grid_uneven", "ranks", "rivals", "models", "serving", "layouts")
     files = [*(f"moe_{name}" for name in names), "launch_cost"]
     return Later(*(read(RESULTS / "h200" / f"{name}.jsonl") for name in files))
 
@@ -212,7 +210,7 @@ def parts_of_models(rows: list[Row], new: Later) -> list[str]:
         layout_words(new.layouts),
         layout_table(new.layouts),
         "## Prefill and decoding",
-        moe_serving.section(new.serving, new.models, new.mended),
+        moe_serving.section(new.serving, new.models),
     ]
 
 

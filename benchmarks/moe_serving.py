@@ -14,22 +14,20 @@ SIDES = (BASELINE, "bigmac")
 TITLES = {"xl": "XL", "medium": "Medium"}
 
 
-def section(rows: list[Row], earlier: list[Row], mended: list[Row]) -> str:
+def section(rows: list[Row], earlier: list[Row]) -> str:
     """Tables and words.
 
     Args:
         rows: Of the longest run of prefill and decoding.
         earlier: Of runs before, in which nothing was captured.
-        mended: Of one after decoding was mended.
     """
     stamp = rows[-1]
     return "\n\n".join(
         [
-            f"One GPU, prompts of {_prompt(rows):,} tokens, random weights, commit `{stamp['commit']}` (`h200/moe_serving.jsonl`); the machine's other card "
+            f"One GPU, prompts of {_prompt(rows):,} tokens, random weights, commit `{stamp['commit']}` (`h200/moe_serving.jsonl`); the machine's other cards "
             "and cores were at work. *Captured*: the step is replayed from a CUDA graph, as `generate` does on one GPU.",
             models("none", rows),
             decode_words(rows, earlier),
-            mended_words(mended),
         ]
     )
 
@@ -50,25 +48,12 @@ def decode_words(rows: list[Row], earlier: list[Row]) -> str:
     return (
         f"**A decoded token** takes, baseline and BigMac, {'; '.join(told)}: {min(gains):.0f} to {max(gains):.0f} times as fast, and the 99th percentile is within "
         f"{tail - 1:.0%} of the median. {_not_captured(growing, captured)}"
-        f"Piece by piece sixteen texts take as long as one, so it is the host that is waited for, and its time goes with what else it does. BigMac seems "
+        f"Piece by piece sixteen texts take {_span(_batched(growing))} times as long as one, so it is the host that is waited for, and its time goes with what else it does. BigMac seems "
         f"{_span(_ratios(growing))} times as fast there ({_span(_ratios(before))} in the run before), with more launches than the baseline; captured, where the device sets the time, it is "
         f"{_span(_ratios(captured))}: it has two projections more, and four times as many inner values to activate. So the former are no gain of a shape. "
         "A reason that fits and was not measured: torch takes cuDNN's attention on this card, which plans anew for every number of keys; the baseline, whose turns "
         "come first, pays for plans that BigMac finds ready. The captured step always has the same number of keys. It takes the "
         "likeliest token; `generate` may draw one by temperature and top-k besides, which was not timed."
-    )
-
-
-def mended_words(rows: list[Row]) -> str:
-    """What captured steps take with what a review mended."""
-    found = _whole(steps(rows, captured=True))
-    told = "; ".join(
-        f"{_pair(found, model, batch, '.2f')} ({TITLES[model]}, {_texts(batch)})"
-        for model, batch in dict.fromkeys(key[:2] for key in found)
-    )
-    return (
-        f"Since a review mended decoding (`{rows[-1]['commit']}`, `h200/moe_serving_mended.jsonl`) captured steps take, baseline and BigMac, {told}, beside more work on the "
-        "machine's other cards."
     )
 
 
@@ -101,6 +86,15 @@ def _ratios(found: Steps) -> list[float]:
         for (model, batch, side), row in found.items()
         if side == "bigmac" and (model, batch, BASELINE) in found
     ]
+
+
+def _batched(found: Steps) -> list[float]:
+    """A step of the most texts over one of the fewest, by model and side; 1 where there is one number of texts alone."""
+    ends = []
+    for model, side in dict.fromkeys((key[0], key[2]) for key in found):
+        times = {key[1]: row["p50_ms"] for key, row in found.items() if (key[0], key[2]) == (model, side)}
+        ends.append(times[max(times)] / times[min(times)])
+    return ends
 
 
 def _span(values: list[float]) -> str:
