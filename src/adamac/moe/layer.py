@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from adamac.moe.cost.machine import Machine
-from adamac.moe.dispatch import TOKENS, Meter, choose
+from adamac.moe.dispatch import TOKENS, Local, Meter, choose
 from adamac.moe.experts import Experts, SharedExpert
 from adamac.moe.presets import MoEConfig, local_experts
 from adamac.moe.routing import Router, Routing
@@ -174,6 +174,17 @@ class MoE(nn.Module):
         for name, loss in self.losses.items():
             total = total + weights[name] * loss
         return total
+
+    def waits(self) -> str | None:
+        """Say why a pass on a GPU waits for the device and cannot be recorded in a CUDA graph; ``None`` if nothing is read back."""
+        name = type(self.dispatcher).__name__
+        if self.dispatcher.reads:
+            return f"rows are sent to other ranks ({name}), which reads how many there are"
+        if self.router.config.capacity is not None and isinstance(self.dispatcher, Local):
+            return "experts have a capacity: how many tokens they have no room for is read back"
+        if type(self.clock) is not Clock:
+            return f"the layer's stages are timed ({type(self.clock).__name__}), which a recording cannot be"
+        return self.experts.waits()
 
     @torch.no_grad()
     def rebalance(self, group: dist.ProcessGroup | None = None) -> None:

@@ -205,7 +205,7 @@ def test_other_ranks_and_clocks_are_reasons_too_and_lifting_a_capacity_lifts_its
         assert obstacle(gpt, 99) == ""
         gpt.moes[1].clock = StageClock()
         assert "stages are timed (StageClock)" in obstacle(gpt, 99)
-        gpt.moes[0].dispatcher = SimpleNamespace()
+        gpt.moes[0].dispatcher = SimpleNamespace(reads=True)
         assert "sent to other ranks (SimpleNamespace)" in obstacle(gpt, 99)
 
 

@@ -39,10 +39,15 @@ class Sent(Protocol):
 
 
 class Dispatcher(Protocol):
-    """Moves rows to experts that are spread over ``ranks`` in consecutive ranges of equal size."""
+    """Moves rows to experts that are spread over ``ranks`` in consecutive ranges of equal size.
+
+    Attributes:
+        reads: Whether the host reads from the device how many rows come, which waits for it once a layer.
+    """
 
     ranks: int
     rank: int
+    reads: bool
 
     def send(
         self, rows: Tensor, routing: Routing, meter: Meter | None = None, *, chunks: int = 1
@@ -67,6 +72,8 @@ class Dispatcher(Protocol):
 
 class OverRanks:
     """What a dispatcher that sends knows of its ranks."""
+
+    reads = True
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         """Take the ranks that hold the experts."""

@@ -17,6 +17,7 @@ class Local:
 
     ranks = 1
     rank = 0
+    reads = False
 
     def send(
         self, rows: Tensor, routing: Routing, meter: Meter | None = None, *, chunks: int = 1

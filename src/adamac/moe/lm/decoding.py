@@ -18,10 +18,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from adamac.moe.dispatch import Local
 from adamac.moe.lm.cache import Cache
 from adamac.moe.lm.model import GPT, View
-from adamac.moe.timing import Clock
 from adamac.ops.replay import Replayed
 
 Choose = Callable[[Tensor, Tensor], Tensor]
@@ -105,13 +103,7 @@ def obstacle(model: GPT, tokens: int) -> str:
     if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
         return "modules have forward hooks, which a replay would not call"
     for moe in model.moes:
-        if not isinstance(moe.dispatcher, Local):
-            return f"rows are sent to other ranks ({type(moe.dispatcher).__name__}), which waits for them"
-        if moe.router.config.capacity is not None:
-            return "experts have a capacity: how many tokens they have no room for is read back"
-        if type(moe.clock) is not Clock:
-            return f"the layers' stages are timed ({type(moe.clock).__name__}), which a recording cannot be"
-        if problem := moe.experts.waits():
+        if problem := moe.waits():
             return problem
     return ""
 
