@@ -6,8 +6,9 @@ import functools
 import itertools
 import os
 import time
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from importlib import import_module
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -24,6 +25,8 @@ from adamac.moe.parallel import average_gradients, clip_gradients, expert_group,
 from adamac.moe.routing import Routing
 from adamac.moe.timing import STAGES, StageClock
 from adamac.moe.weights import load_weights, save_weights
+from adamac.ops.grouped_mm import reference
+from adamac.ops.launch import interpreted
 
 NAMES = ("all_to_all", "per_rank", "all_gather")
 EXPERTS, WIDTH = 8, 6
@@ -82,8 +85,10 @@ def answer(dispatcher: Dispatcher, rows: Tensor, matrices: Tensor, routing: Rout
     """The same through a dispatcher, with this rank's experts."""
     (sent,) = dispatcher.send(rows, routing, meter)
     arrived, counts = sent.arrive()
-    parts = arrived.split(counts.tolist())
-    sent.reply(torch.cat([part @ matrix for part, matrix in zip(parts, matrices, strict=True)]))
+    parts = arrived[: counts.sum()].split(counts.tolist())
+    nobodys = torch.full_like(arrived[counts.sum() :], torch.nan)  # room to spare is read by nobody
+    answers = [part @ matrix for part, matrix in zip(parts, matrices, strict=True)]
+    sent.reply(torch.cat([*answers, nobodys]))
     return sent.collect()
 
 
@@ -107,7 +112,28 @@ def worst_errors_by_kernels(rank: int, tokens: int) -> dict[str, float]:
         return _worst_errors(rank, tokens, 3, some)
 
 
-def _worst_errors(rank: int, tokens: int, top_k: int, kinds: dict[str, Routing]) -> dict[str, float]:
+def worst_errors_of_static_shapes(rank: int, tokens: int) -> dict[str, float]:
+    """The same of the dispatcher whose ranks must have equally many tokens, in plain torch and with orders by kernels."""
+    strict()
+    equal = ("static_gather",), ("equal",)
+    errors = {}
+    for top_k in (1, 3, EXPERTS):
+        errors |= _worst_errors(rank, tokens, top_k, routings(tokens, top_k), *equal)
+    if interpreted():
+        with patch("adamac.moe.rows.by_kernel", return_value=True):
+            found = _worst_errors(rank, tokens, 3, routings(tokens, 3), *equal)
+        errors |= {f"by kernels, {case}": error for case, error in found.items()}
+    return errors
+
+
+def _worst_errors(
+    rank: int,
+    tokens: int,
+    top_k: int,
+    kinds: dict[str, Routing],
+    names: tuple[str, ...] = NAMES,
+    divisions: tuple[str, ...] = ("equal", "uneven", "first has all"),
+) -> dict[str, float]:
     group, ranks = dist.group.WORLD, dist.get_world_size()
     generator = torch.Generator().manual_seed(1)
     rows = torch.randn(tokens, WIDTH, generator=generator, dtype=torch.float64)
@@ -122,18 +148,71 @@ def _worst_errors(rank: int, tokens: int, top_k: int, kinds: dict[str, Routing])
             whole[0], whole[1], Routing(routing.experts, whole[2], EXPERTS, routing.dropped)
         )
         gradients = torch.autograd.grad(expected, whole, wanted)
-        for name in NAMES:
-            for division, bounds in shares(tokens, ranks).items():
-                here = slice(bounds[rank], bounds[rank + 1])
-                part = routing.part(here.start, here.stop)
-                leaves = [t.clone().requires_grad_() for t in (rows[here], matrices[own], part.weights)]
-                routed = Routing(part.experts, leaves[2], EXPERTS, part.dropped)
-                output = answer(choose(name, config, group).dispatcher, leaves[0], leaves[1], routed, Meter())
-                found = [output, *torch.autograd.grad(output, leaves, wanted[here])]
-                right = [expected[here], gradients[0][here], gradients[1][own], gradients[2][here]]
-                error = max(_largest(a - b) for a, b in zip(found, right, strict=True))
-                errors[f"{name}, top-{top_k}, {kind}, {division}"] = error
+        for name, division in itertools.product(names, divisions):
+            bounds = shares(tokens, ranks)[division]
+            here = slice(bounds[rank], bounds[rank + 1])
+            part = routing.part(here.start, here.stop)
+            leaves = [t.clone().requires_grad_() for t in (rows[here], matrices[own], part.weights)]
+            routed = Routing(part.experts, leaves[2], EXPERTS, part.dropped)
+            output = answer(choose(name, config, group).dispatcher, leaves[0], leaves[1], routed, Meter())
+            found = [output, *torch.autograd.grad(output, leaves, wanted[here])]
+            right = [expected[here], gradients[0][here], gradients[1][own], gradients[2][here]]
+            error = max(_largest(a - b) for a, b in zip(found, right, strict=True))
+            errors[f"{name}, top-{top_k}, {kind}, {division}"] = error
     return errors
+
+
+def static_and_announced(rank: int, cases: list[tuple[MoEConfig, int]]) -> list[dict[str, Any]]:
+    """What differs between a layer of static shapes and the gather that announces: values and gradients; numbers read from the device."""
+    return [_static_and_announced(rank, *case) for case in cases]
+
+
+def _static_and_announced(rank: int, config: MoEConfig, chunks: int) -> dict[str, Any]:
+    strict()
+    results, reads = {}, {}
+    for name in ("all_gather", "static_gather"):
+        torch.manual_seed(7)
+        layer = MoE(config, name, dist.group.WORLD, chunks=chunks, dtype=torch.float64)
+        torch.manual_seed(rank)
+        x = torch.randn(12, config.hidden, dtype=torch.float64, requires_grad=True)
+        layer(x)
+        with reads_counted() as read:
+            output = layer(x)
+            (output.square().sum() + layer.auxiliary_loss()).backward()
+        reads[name] = list(read)
+        results[name] = [output.detach(), x.grad, *(p.grad for p in layer.parameters())]
+    pairs = zip(results["static_gather"], results["all_gather"], strict=True)
+    return {"worst": max(_largest(a - b) for a, b in pairs), "reads": reads}
+
+
+@contextmanager
+def reads_counted():
+    """Note who asks for numbers of a tensor, which on a GPU waits for the device; the experts, whose loop on a CPU does, aside."""
+    read: list[str] = []
+    with ExitStack() as stack:
+        for name in ("tolist", "item", "__int__", "__bool__", "__float__", "nonzero"):
+            was = getattr(Tensor, name)
+
+            def noted(self, *given, was=was, name=name):
+                read.append(name)
+                return was(self, *given)
+
+            stack.enter_context(patch.object(Tensor, name, noted))
+        stack.enter_context(patch("adamac.moe.layer._check_routing"))
+        stack.enter_context(
+            patch("adamac.ops.grouped_mm.reference.grouped_mm", _unread(reference.grouped_mm, read))
+        )
+        yield read
+
+
+def _unread(function, read: list[str]):
+    def called(*given):
+        before = len(read)
+        result = function(*given)
+        del read[before:]
+        return result
+
+    return called
 
 
 def _largest(difference: Tensor) -> float:
@@ -289,7 +368,7 @@ def counted_bytes(
 ) -> dict[tuple[str, bool], tuple[int, int]]:
     """Payload and metadata that each dispatcher counted, forward alone and with the backward."""
     counted = {}
-    for name in NAMES:
+    for name in (*NAMES, "static_gather"):
         rows = torch.randn(len(sets), config.width, dtype=torch.float64, requires_grad=True)
         weights = torch.rand(len(sets), config.top_k, dtype=torch.float64, requires_grad=True)
         meter = Meter()
@@ -356,6 +435,7 @@ def refusals(rank: int) -> list[str]:
         if rank == 1:
             x[0, 0] = torch.nan
         said.append(_refusal(lambda name=name, x=x: MoE(config, name, dist.group.WORLD)(x)))
+    said.append(_refusal(lambda: MoE(config, "static_gather", dist.group.WORLD)(torch.randn(3 + rank, 8))))
     odd = MoEConfig(hidden=8, num_experts=5, top_k=2, ffn=4)
     said.append(_refusal(lambda: MoE(odd, "auto", dist.group.WORLD)))
     said.append(_refusal(lambda: MoE(config, "local", dist.group.WORLD)))

@@ -10,7 +10,7 @@ from on_ranks import chosen_dispatchers
 from adamac.moe import MoE, preset
 from adamac.moe.cost import Machine, fastest_dispatcher, machine_of
 from adamac.moe.cost.machine import COLLECTIVES
-from adamac.moe.dispatch import DISPATCHERS, cheapest
+from adamac.moe.dispatch import DISPATCHERS, SENDERS, cheapest
 from adamac.moe.traffic import SENDING
 from adamac.testing import run_ranks
 
@@ -26,6 +26,7 @@ def host_bound(fastest: str) -> Machine:
 
 def test_every_dispatcher_that_sends_can_be_priced_and_made():
     assert tuple(DISPATCHERS) == SENDING
+    assert [name for name, made in SENDERS.items() if not made.reads] == ["static_gather"]
 
 
 def test_on_one_rank_nothing_is_sent_whatever_the_machine():

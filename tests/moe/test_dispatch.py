@@ -7,9 +7,11 @@ from on_ranks import (
     in_half_precision,
     layer_errors,
     order_of_arrival,
+    static_and_announced,
     ways_of_training,
     worst_errors,
     worst_errors_by_kernels,
+    worst_errors_of_static_shapes,
 )
 
 from adamac.moe import preset
@@ -27,6 +29,12 @@ def test_orders_found_by_kernels_give_the_same_answers():
     if not interpreted():
         pytest.skip("the ranks are on a CPU: needs Triton's interpreter")
     for errors in run_ranks(worst_errors_by_kernels, 2, 9):
+        assert max(errors.values()) < 1e-12, {case: e for case, e in errors.items() if not e < 1e-12}
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_static_shapes_give_the_same_answers(ranks):
+    for errors in run_ranks(worst_errors_of_static_shapes, ranks, 20):
         assert max(errors.values()) < 1e-12, {case: e for case, e in errors.items() if not e < 1e-12}
 
 
@@ -57,6 +65,22 @@ def test_recomputing_and_not_training_change_nothing_and_every_stage_is_timed():
             "without gradients": 0,
             "stages unseen": 0,
         }
+
+
+STATIC = [
+    (preset("fine_grained", **SMALL), 1),
+    (preset("bigmac", **SMALL, capacity=0.6), 1),  # of what may come less than what is sent
+    (preset("bigmac", **SMALL, capacity=1.2, shared_ffn=8), 3),
+    (preset("bigmac_stable", **SMALL), 2),
+]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_layer_of_static_shapes_equals_one_that_announces_and_reads_nothing(ranks):
+    for found in run_ranks(static_and_announced, ranks, STATIC):
+        assert max(each["worst"] for each in found) < 1e-12
+        for each in found:
+            assert each["reads"] == {"all_gather": ["tolist"], "static_gather": []}
 
 
 def test_rows_are_waited_for_last():

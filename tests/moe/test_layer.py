@@ -7,6 +7,7 @@ import io
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -302,6 +303,18 @@ def test_a_given_routing_is_used():
     assert made.losses == {}
     with pytest.raises(ValueError, match="a routing of 5 tokens to 8 experts; got one of 11 to 8"):
         made(x[:5], routing)
+
+
+def test_a_layer_says_why_a_pass_waits_for_the_device():
+    bigmac = preset("bigmac", 64, 8, 2)
+    assert MoE(bigmac, dtype=torch.bfloat16).waits() is None
+    assert "in torch.float32 PyTorch loops over the experts" in MoE(bigmac).waits()
+    limited = MoE(preset("bigmac", 64, 8, 2, capacity=1.0), dtype=torch.bfloat16)
+    assert "experts have a capacity" in limited.waits()
+    limited.dispatcher = SimpleNamespace(reads=False)  # whose buffers are as long as the capacity allows
+    assert limited.waits() is None
+    limited.dispatcher = SimpleNamespace(reads=True)
+    assert "which reads how many there are" in limited.waits()
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def test_a_narrow_terminal_cuts_no_figure():
 def raced(rank: int) -> list[tuple[str, int, float, str | None]]:
     bench = Bench(torch.device("cpu"), torch.float32, torch.distributed.group.WORLD, CPU)
     config = preset("bigmac", 32, 8, 2)
-    cases = [Case("bigmac", config, 40, name, True) for name in bench.dispatchers()]
+    cases = [Case("bigmac", config, 40, name, True) for name in bench.senders()]
     return [
         (t.case.dispatcher, len(t.samples_ms), t.bytes_sent, t.problem) for t in racing.race(cases, bench, 2)
     ]
@@ -70,7 +70,7 @@ def test_on_several_ranks_every_dispatcher_takes_its_turn_and_all_ranks_agree():
     first, second = run_ranks(raced, 2)
     assert first == second
     assert [(name, number, problem) for name, number, _, problem in first] == [
-        (name, 2, None) for name in ("all_gather", "all_to_all", "per_rank")
+        (name, 2, None) for name in ("all_gather", "all_to_all", "per_rank", "static_gather")
     ]
     assert all(sent > 0 for _, _, sent, _ in first)
 

@@ -37,11 +37,12 @@ def test_what_only_one_rank_sees_is_refused_by_all_in_one_line():
     first, second = run_ranks(refusals, 2)
     assert first[:-1] == second[:-1]
     assert all(line.startswith("the router's logits on rank 1 are NaN or infinite") for line in first[:3])
-    assert first[3].startswith(
+    assert first[3].startswith('dispatcher "static_gather" needs equally many tokens on every rank; got 3, 4')
+    assert first[4].startswith(
         "num_experts must be divisible by the ranks it is spread over; got 5 experts on 2"
     )
-    assert first[4].startswith('dispatcher "local" sends nothing, but the group has 2 ranks')
-    assert first[5].startswith("expert_ranks must divide the number of ranks, 2; got 3")
+    assert first[5].startswith('dispatcher "local" sends nothing, but the group has 2 ranks')
+    assert first[6].startswith("expert_ranks must divide the number of ranks, 2; got 3")
     assert first[-1].startswith("could not write /nowhere/weights.safetensors")
     assert second[-1].startswith("the first rank could not write /nowhere")
     assert all("\n" not in line for line in first)

@@ -70,7 +70,7 @@ def test_counted_bytes_equal_the_formula(ranks):
     config = MoEConfig(hidden=12, num_experts=8, top_k=3, ffn=4, latent=6)
     sets = list(itertools.combinations(range(8), 3))
     for counted in run_ranks(counted_bytes, ranks, config, sets):
-        for name in NAMES:
+        for name in (*NAMES, "static_gather"):
             for both in (False, True):
                 payload, metadata = counted[name, both]
                 assert payload == bytes_sent(config, len(sets), ranks, name, 8, backward=both)

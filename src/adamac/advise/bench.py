@@ -15,7 +15,7 @@ from torch import Tensor
 from adamac.moe.cost.constants import Cost, Sample, Work, fit
 from adamac.moe.cost.machine import Machine
 from adamac.moe.cost.predict import Prediction, predict
-from adamac.moe.dispatch import DISPATCHERS
+from adamac.moe.dispatch import DISPATCHERS, SENDERS
 from adamac.moe.layer import MoE
 from adamac.moe.presets import MoEConfig, preset
 from adamac.ops.launch import chosen
@@ -163,8 +163,12 @@ class Bench:
         return torch.randn(*shape, device=self.device, dtype=self.dtype)
 
     def dispatchers(self) -> tuple[str, ...]:
-        """Those that run on so many ranks."""
+        """Those that run on so many ranks and take whatever they are given."""
         return tuple(DISPATCHERS) if self.ranks > 1 else ("local",)
+
+    def senders(self) -> tuple[str, ...]:
+        """Those that run on so many ranks which all have equally many tokens, as here."""
+        return tuple(SENDERS) if self.ranks > 1 else ("local",)
 
     def least_ms(self, both: bool) -> dict[str, float]:
         """Milliseconds of a layer that has next to nothing to do, by dispatcher, forward or both passes."""

@@ -31,7 +31,7 @@ class MoeBench:
         top_k: Experts per token, likewise.
         ratio: Latent width as a share of the hidden width.
         tokens: Tokens on each rank.
-        dispatcher: all_to_all, per_rank, all_gather; all of them if not given. On one rank there is only local.
+        dispatcher: all_to_all, per_rank, all_gather, static_gather; all of them if not given. On one rank there is only local.
         rounds: Timed rounds, in which all layers take turns.
         device: "auto", "cpu", "cuda" or "cuda:1".
         dtype: "auto" (float32 on a CPU, bfloat16 elsewhere), "bfloat16", "float16" or "float32".
@@ -80,16 +80,16 @@ def _timed(options: MoeBench, world: Any, console: Console) -> list[Timed]:
 
     from adamac.advise.bench import CPU, Bench, Case
     from adamac.advise.race import race
-    from adamac.moe.dispatch import DISPATCHERS
+    from adamac.moe.dispatch import SENDERS
     from adamac.moe.presets import preset
 
     default = torch.float32 if world.device.type == "cpu" else torch.bfloat16
     dtype = default if options.dtype == "auto" else getattr(torch, options.dtype)
     bench = Bench(world.device, dtype, dist.group.WORLD if world.size > 1 else None, CPU)
-    known = bench.dispatchers()
+    known = bench.senders()
     if unknown := [name for name in options.dispatcher if name not in known]:
         where = "on one rank" if world.size == 1 else f"on {world.size} ranks"
-        others = "" if unknown[0] in DISPATCHERS else ", which does not exist"
+        others = "" if unknown[0] in SENDERS else ", which does not exist"
         raise BadInput(f"dispatcher: expected {', '.join(known)} {where}, got {unknown[0]!r}{others}")
     cases = [
         Case(

@@ -71,7 +71,7 @@ class MoE(nn.Module):
 
         Args:
             config: The layer's shape.
-            dispatcher: ``"local"``, ``"all_to_all"``, ``"per_rank"``, ``"all_gather"``; or ``"auto"``, which on several ranks
+            dispatcher: ``"local"``, ``"all_to_all"``, ``"per_rank"``, ``"all_gather"``, ``"static_gather"``; or ``"auto"``, which on several ranks
                 takes the one that is predicted to be fastest on ``machine`` or, if none is given, the simplest of those that
                 send the fewest bytes. Chosen once, here.
             group: The ranks that the experts are spread over; ``None`` means that all are on this rank.

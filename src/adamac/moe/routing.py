@@ -32,6 +32,7 @@ class Routing:
         finite: A bool scalar, whether the router's logits were; ``None`` if nobody looked.
         taken: ``[num_experts]`` float, tokens by expert, dropped ones too; ``None`` if nobody counted. Believed, not counted
             again: who makes a routing of other experts from this one leaves it out.
+        room: The most of these tokens that an expert takes, where that is limited: no more choices of it are left.
     """
 
     experts: Tensor
@@ -40,6 +41,7 @@ class Routing:
     dropped: Tensor | None = None
     finite: Tensor | None = None
     taken: Tensor | None = None
+    room: int | None = None
 
     @classmethod
     def even(
@@ -92,9 +94,8 @@ class Routing:
     def part(self, start: int, end: int) -> Routing:
         """The routing of some of the tokens."""
         dropped = None if self.dropped is None else self.dropped[start:end]
-        return Routing(
-            self.experts[start:end], self.weights[start:end], self.num_experts, dropped, self.finite
-        )
+        experts, weights = self.experts[start:end], self.weights[start:end]
+        return Routing(experts, weights, self.num_experts, dropped, self.finite, room=self.room)
 
 
 class Router(nn.Module):
@@ -135,14 +136,18 @@ class Router(nn.Module):
         config = self.config
         with torch.autocast(tokens.device.type, enabled=False):
             logits = _Logits.apply(tokens, self.weight)
+        room = self._room(len(tokens))
         gated = gate(logits, config.top_k, config.score, normalise=config.normalise, bias=self.bias)
         routing = Routing(
             gated.experts,
             gated.weights,
             config.num_experts,
-            self._dropped(gated.experts, gated.weights),
+            None
+            if room is None
+            else beyond_capacity(gated.experts, gated.weights.detach(), config.num_experts, room),
             gated.finite,
             gated.load if len(tokens) < _EXACT else None,
+            room,
         )
         if self.bias is not None and self.training and torch.is_grad_enabled():
             self.load = routing.load() if self.load is None else self.load + routing.load()
@@ -168,11 +173,12 @@ class Router(nn.Module):
             self.load = fn(self.load)
         return self
 
-    def _dropped(self, experts: Tensor, weights: Tensor) -> Tensor | None:
-        if self.config.capacity is None or not len(experts):
+    def _room(self, tokens: int) -> int | None:
+        """Tokens that an expert takes; ``None`` if that is not limited."""
+        config = self.config
+        if config.capacity is None or not tokens:
             return None
-        room = math.ceil(self.config.capacity * experts.numel() / self.config.num_experts)
-        return beyond_capacity(experts, weights.detach(), self.config.num_experts, room)
+        return math.ceil(config.capacity * tokens * config.top_k / config.num_experts)
 
     def _losses(self, logits: Tensor, gated: Gated) -> dict[str, Tensor]:
         losses, tokens = {}, max(1, len(logits))

@@ -90,6 +90,7 @@ def copies_sent(config: MoEConfig, ranks: int, dispatcher: str) -> Fraction:
         "all_to_all": Fraction(config.top_k * (ranks - 1), ranks),
         "per_rank": distinct_ranks(config, ranks),
         "all_gather": Fraction(ranks - 1),
+        "static_gather": Fraction(ranks - 1),
     }
     if dispatcher not in copies:
         raise ValueError(f"dispatcher must be local, {', '.join(copies)}; got {dispatcher!r}")
@@ -111,7 +112,7 @@ def bytes_sent(
         config: The layer.
         tokens: On this rank.
         ranks: Over which the experts are spread.
-        dispatcher: ``"local"``, ``"all_to_all"``, ``"per_rank"`` or ``"all_gather"``.
+        dispatcher: ``"local"``, ``"all_to_all"``, ``"per_rank"``, ``"all_gather"`` or ``"static_gather"``.
         itemsize: Bytes of a value.
         backward: Count the backward pass too, in which as much travels again.
     """
@@ -144,13 +145,15 @@ def metadata_bytes(
         return 0.0
     # Numbers of 8 bytes that say how much is to come, for each chunk; and one that says whether all is well.
     numbers = {"all_to_all": config.num_experts // ranks, "per_rank": 2, "all_gather": 1 + ranks}
+    announced = (numbers[dispatcher] * chunks + 1) * 8 if dispatcher in numbers else 0
     choices = {
         "all_to_all": Fraction(0),
         "per_rank": Fraction(config.top_k * (ranks - 1), ranks),
         "all_gather": Fraction(config.top_k * (ranks - 1)),
+        "static_gather": Fraction(config.top_k * (ranks - 1)),
     }
     each = 4 + weight_itemsize * (2 if backward else 1)
-    return float((ranks - 1) * (numbers[dispatcher] * chunks + 1) * 8 + tokens * choices[dispatcher] * each)
+    return float((ranks - 1) * announced + tokens * choices[dispatcher] * each)
 
 
 def model_parameters(config: MoEConfig, model: PaperModel) -> int:

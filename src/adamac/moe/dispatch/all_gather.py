@@ -68,7 +68,15 @@ class AllGather(OverRanks):
         ]
 
     def _send_chunk(
-        self, rows: Tensor, routing: Routing, longest: int, arriving: int, local: int, meter: Meter
+        self,
+        rows: Tensor,
+        routing: Routing,
+        longest: int,
+        arriving: int | None,
+        local: int,
+        meter: Meter,
+        *,
+        room: int | None = None,
     ) -> Sent:
         experts, weights = routing.experts.int(), routing.weights
         if routing.dropped is not None:
@@ -86,7 +94,9 @@ class AllGather(OverRanks):
             start(weights, aside),
             start(rows, Gather(self.group, "payload", meter.traffic)),
         )
-        return _Gathered(self.group, travelling, self.rank * local, local, routing.tokens, arriving, meter)
+        return _Gathered(
+            self.group, travelling, self.rank * local, local, routing.tokens, arriving, room, meter
+        )
 
 
 @dataclass
@@ -96,7 +106,8 @@ class _Gathered:
     first: int
     local: int
     tokens: int
-    arriving: int
+    arriving: int | None  # rows that come, where that was announced
+    room: int | None  # else, the most that may
     meter: Meter
     order: Order | None = None
     weights: Tensor | None = None
@@ -108,7 +119,8 @@ class _Gathered:
             experts, self.weights = (finish(travelling) for travelling in aside)
         with self.meter.clock.stage("permute"):
             # Other ranks' experts, dropped choices and padding have no row here.
-            self.order, counts = by_label(experts - self.first, self.local, self.arriving)
+            labels = experts - self.first
+            self.order, counts = by_label(labels, self.local, self.arriving, room=self.room)
         with self.meter.clock.stage("send"):
             rows = finish(payload)
         with self.meter.clock.stage("permute"):

@@ -19,11 +19,15 @@ from adamac.moe.dispatch.all_to_all import AllToAll
 from adamac.moe.dispatch.common import Dispatcher
 from adamac.moe.dispatch.local import Local
 from adamac.moe.dispatch.per_rank import PerRank
+from adamac.moe.dispatch.static_gather import StaticGather
 from adamac.moe.presets import MoEConfig
 from adamac.moe.traffic import SENDING, bytes_sent, metadata_bytes
 
-DispatcherName = Literal["auto", "local", "all_to_all", "per_rank", "all_gather"]
+DispatcherName = Literal["auto", "local", "all_to_all", "per_rank", "all_gather", "static_gather"]
+# What "auto" chooses among.
 DISPATCHERS = {"all_gather": AllGather, "all_to_all": AllToAll, "per_rank": PerRank}
+# And all that send: the last has conditions, so that somebody has to ask for it.
+SENDERS = DISPATCHERS | {"static_gather": StaticGather}
 
 # Tokens on each rank that are reckoned with where nobody says how many there will be.
 TOKENS = 4096
@@ -74,13 +78,13 @@ def choose(
     ranks = 1 if group is None else dist.get_world_size(group)
     if name == "local" and ranks > 1:
         raise ValueError(f'dispatcher "local" sends nothing, but the group has {ranks} ranks; use "auto"')
-    if group is None and name in DISPATCHERS:
+    if group is None and name in SENDERS:
         raise ValueError(f'dispatcher "{name}" needs a group of ranks; pass group, or use "auto"')
     _check(machine, tokens)
     if name != "auto" and machine is not None:
         raise ValueError(f'a machine is what "auto" goes by; leave it out, or dispatcher "{name}"')
-    if name in DISPATCHERS and group is not None:
-        return Choice(DISPATCHERS[name](group), "asked for by name")
+    if name in SENDERS and group is not None:
+        return Choice(SENDERS[name](group), "asked for by name")
     if group is None or ranks == 1:
         return Choice(Local(), "all experts are on this rank")
     if machine is None:  # then all compute the same from the same numbers

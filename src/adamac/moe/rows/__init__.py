@@ -3,8 +3,8 @@
 A :class:`Order` says for each sorted row which token it came from, and for each token where its rows are. Knowing both ways, the
 backward of each direction is a gather of the other: nothing is ever added up atomically, so gradients are deterministic.
 
-``torch`` is plain torch on any device; ``triton`` gives a program to each token, which reads its rows where they lie, adds them up in
-float32 and never writes the copies that ``torch`` picks first.
+``torch`` is plain torch on any device; ``triton`` gives a program to each token. Adding up, it reads the token's rows where they lie, adds in
+float32 and never writes the copies that ``torch`` picks first; spreading, it reads the token once and writes it to all its places.
 """
 
 from __future__ import annotations
@@ -18,13 +18,17 @@ from torch import Tensor
 from adamac.moe.routing import Routing
 from adamac.ops.launch import Impl, chosen
 
+# Columns below which torch copies rows faster than a program for each does.
+_NARROW = 64
+
 
 @dataclass(frozen=True)
 class Order:
     """Where rows come from and where they went.
 
     Attributes:
-        flat: ``[n]`` int64, the place in ``where``, seen as one row, that each sorted row fills.
+        flat: ``[n]`` int64, the place in ``where``, seen as one row, that each sorted row fills. Of an order with room to spare ``n`` is
+            the room; what is beyond the rows that there are names any place.
         where: ``[tokens, slots]`` int64, the sorted row of each of a token's slots, -1 where there is none.
         full: Whether no slot is empty.
         sources: ``[n]`` int64, :attr:`source` where it is known already.
@@ -50,7 +54,13 @@ class Order:
 
 
 def by_label(
-    labels: Tensor, number: int, rows: int | None = None, *, full: bool = False, impl: Impl = "auto"
+    labels: Tensor,
+    number: int,
+    rows: int | None = None,
+    *,
+    full: bool = False,
+    room: int | None = None,
+    impl: Impl = "auto",
 ) -> tuple[Order, Tensor]:
     """Sort slots by label, and by place within: slots with a label outside 0 to ``number - 1`` are empty.
 
@@ -59,6 +69,8 @@ def by_label(
         number: How many labels there are.
         rows: How many slots are not empty; if not given and not ``full``, it is read, which waits for the device.
         full: Says that no slot is empty.
+        room: In place of ``rows``, how many slots are not empty at most: the order has as many rows, the device alone knows how many
+            of them there are, and nothing is read.
         impl: ``"torch"``, ``"triton"`` or ``"auto"``.
 
     Returns:
@@ -67,7 +79,7 @@ def by_label(
     if by_kernel(impl, labels) and labels.numel():
         from adamac.moe.rows import triton as kernels
 
-        flat, where, sources, counts = kernels.sorting(labels, number)
+        flat, where, sources, counts = kernels.sorting(labels, number, spare=room is not None)
         order = Order(flat, where, full, sources)
     else:
         # Beyond all labels and below all of them is the same: outside.
@@ -80,6 +92,8 @@ def by_label(
         order = Order(flat, where.view(labels.shape), full)
     if full:
         return order, counts
+    if room is not None:
+        return order.first(room), counts
     rows = int(counts.sum()) if rows is None else rows
     return order.first(rows), counts
 
@@ -132,7 +146,7 @@ def spread(rows: Tensor, order: Order, *, impl: Impl = "auto") -> Tensor:
     """Copy each token's row to all its slots: ``[tokens, width]`` to ``[n, width]``."""
     if differentiated(rows):
         return _Spread.apply(rows, order, impl)
-    return rows[order.source]
+    return _copies(rows, order, impl)
 
 
 def gathered(rows: Tensor, order: Order, weights: Tensor | None = None, *, impl: Impl = "auto") -> Tensor:
@@ -156,7 +170,7 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, order: Order, impl: Impl) -> Tensor:
         ctx.order, ctx.impl = order, impl
-        return rows[order.source]
+        return _copies(rows, order, impl)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
@@ -175,7 +189,7 @@ class _Gathered(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         saved = ctx.saved_tensors  # once: a recomputed pass refuses to give them twice
         if not saved:
-            return gradients[0][ctx.order.source], None, None, None
+            return _copies(gradients[0], ctx.order, ctx.impl), None, None, None
         rows, weights = saved
         if chosen(ctx.impl, rows) == "triton":
             from adamac.moe.rows import triton as kernels
@@ -189,6 +203,15 @@ class _Gathered(torch.autograd.Function):
 def differentiated(*tensors: Tensor | None) -> bool:
     """Whether autograd has to know; telling it costs the host as much as an operation."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _copies(rows: Tensor, order: Order, impl: Impl) -> Tensor:
+    # Of narrow rows a program would have next to nothing to do.
+    if rows.shape[1] >= _NARROW and chosen(impl, rows) == "triton":
+        from adamac.moe.rows import triton as kernels
+
+        return kernels.copies(rows, order)
+    return rows[order.source]
 
 
 def _sums(rows: Tensor, order: Order, weights: Tensor | None, impl: Impl) -> Tensor:

@@ -39,6 +39,19 @@ def sums(rows: Tensor, order: Order, weights: Tensor | None) -> Tensor:
     return out
 
 
+def copies(rows: Tensor, order: Order) -> Tensor:
+    """Compute :func:`adamac.moe.rows.spread`; room that no row fills is not written."""
+    tokens, slots = order.where.shape
+    width, block = rows.shape[1], _block(rows)
+    out = rows.new_empty(len(order.flat), width)
+    if out.numel():
+        with torch.cuda.device_of(rows):
+            _copies[(tokens, triton.cdiv(width, block))](
+                rows.contiguous(), order.where, out, slots, width, BLOCK=block, num_warps=_warps(block)
+            )
+    return out
+
+
 def gradients(rows: Tensor, order: Order, weights: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of :func:`sums` with weights, in rows and in weights, in one pass over the rows."""
     tokens, slots = order.where.shape
@@ -61,8 +74,13 @@ def gradients(rows: Tensor, order: Order, weights: Tensor, gradient: Tensor) -> 
     return by_rows, by_weights
 
 
-def sorting(labels: Tensor, number: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def sorting(labels: Tensor, number: int, *, spare: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Count and place, in two passes over the labels; stable.
+
+    Args:
+        labels: ``[tokens, slots]`` integers.
+        number: How many labels there are.
+        spare: Whether slots and tokens of rows that there are not will be looked at: they are 0 then.
 
     Returns:
         For all slots, of which the sorted rows are the first: the slot of each row and its token; ``[tokens, slots]`` the row of
@@ -73,7 +91,8 @@ def sorting(labels: Tensor, number: int) -> tuple[Tensor, Tensor, Tensor, Tensor
     programs = triton.cdiv(total, block)
     labels = labels.contiguous()
     counts = torch.empty(number, programs, dtype=torch.int32, device=labels.device)
-    flat, sources, where = torch.empty(3, total, dtype=torch.int64, device=labels.device).unbind()
+    make = torch.zeros if spare else torch.empty
+    flat, sources, where = make(3, total, dtype=torch.int64, device=labels.device).unbind()
     lengths = torch.empty(number, dtype=torch.int64, device=labels.device)
     sizes = {"BLOCK": block, "NUMBER": power_of_two(number)}
     with torch.cuda.device_of(labels):
@@ -133,6 +152,17 @@ def _sums(
             x *= tl.load(weights + token * slots + slot).to(tl.float32)
         total += x
     tl.store(out + token * width + column, total, mask=column < width)
+
+
+@triton.jit(do_not_specialize=["slots"])
+def _copies(rows, where, out, slots, width, BLOCK: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(rows + token * width + column, mask=column < width)
+    for slot in range(slots):
+        row = tl.load(where + token * slots + slot)
+        end = tl.where(row >= 0, width, 0)
+        tl.store(out + row * width + column, x, mask=column < end)
 
 
 @triton.jit(do_not_specialize=["slots"])
