@@ -38,6 +38,7 @@ class Arm:
     parameters: Sequence[nn.Parameter]
     layer: MoE | None = None
     note: str = ""
+    captured = False
 
     def both(self, x: Tensor, gradient: Tensor) -> Tensor:
         """Forward and backward; leaves the gradient of ``x`` in it."""
@@ -81,11 +82,12 @@ def make_arms(case: LayerCase, router: Tensor, crew: Crew, dtype: torch.dtype) -
     found = []
     for preset_name in PRESETS:
         layer = make_layer(case, preset_name, router, crew.group, dtype, case.experts)
-        found += [_arm(preset_name, name, layer, crew) for name in dispatchers(crew.ranks)]
+        found += [arm_of(preset_name, name, layer, crew) for name in dispatchers(crew.ranks)]
     return found
 
 
-def _arm(preset_name: str, dispatcher: str, layer: MoE, crew: Crew) -> Arm:
+def arm_of(preset_name: str, dispatcher: str, layer: MoE, crew: Crew) -> Arm:
+    """A layer by one of its dispatchers."""
     made = choose(dispatcher, layer.config, crew.group).dispatcher
 
     def forward(x: Tensor) -> Tensor:

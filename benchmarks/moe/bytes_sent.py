@@ -58,7 +58,8 @@ def _expected(routing: Routing, row_bytes: int, dispatcher: str, crew: Crew, *, 
         return [trips * sum(rows) * row_bytes, others * 3 * _COUNT + aside]
     tokens = routing.tokens * others
     aside = tokens * routing.top_k * (weights + (_WEIGHT if backward else 0))
-    return [trips * 2 * tokens * row_bytes, others * (crew.ranks + 2) * _COUNT + aside]
+    announced = 0 if dispatcher == "static_gather" else others * (crew.ranks + 2) * _COUNT
+    return [trips * 2 * tokens * row_bytes, announced + aside]
 
 
 def _there_and_here(counts: np.ndarray, crew: Crew) -> tuple[int, int]:

@@ -91,6 +91,16 @@ class LayerCase:
 
 
 @dataclass(frozen=True)
+class CapturedCase(LayerCase):
+    """One layer, its arms once more in shapes that do not depend on the routing, and those replayed from a CUDA graph."""
+
+    @property
+    def title(self) -> str:
+        """In a line of progress."""
+        return f"captured {super().title}"
+
+
+@dataclass(frozen=True)
 class CollectivesCase:
     """The raw collectives, from 64 KiB up in steps of 4.
 
@@ -188,7 +198,18 @@ class LaunchesCase:
 
 Case = LayerCase | CollectivesCase | KernelsCase | ModelCase | CostCase | LaunchesCase
 
-PARTS = ("cost", "collectives", "kernels", "launches", "layer", "fused", "rivals", "train", "serve")
+PARTS = (
+    "cost",
+    "collectives",
+    "kernels",
+    "launches",
+    "layer",
+    "captured",
+    "fused",
+    "rivals",
+    "train",
+    "serve",
+)
 # Seconds of timing that a shape of the grid gets: there are 54, and its forward pass takes some milliseconds.
 _GRID_S = 1.0
 # DeepSpeed's layer multiplies with a matrix of tokens x experts x capacity: its work grows with the square of the tokens.
@@ -231,6 +252,8 @@ def cases(
         pieces.append(launches)
         if alone and "fused" in parts:
             pieces += [replace(case, experts="fused") for case in (*pieces[-2:-1], launches)]
+    if "captured" in parts:
+        pieces += _captured(plan, fabric)
     models = _models(plan, fabric, parts)
     early, late = (models, []) if plan == "quick" else ([], models)
     wanted = [
@@ -280,6 +303,15 @@ def _layers(plan: str, fabric: Fabric, *, rivals: bool) -> list[LayerCase]:
         return [replace(case, budget_s=_GRID_S) for case in grid]
     rest = [replace(case, budget_s=5) for case in (*lengths, *grid) if case != first]
     return [first, *compared, *rest]
+
+
+def _captured(plan: str, fabric: Fabric) -> list[CapturedCase]:
+    """The layer of the targets, routed evenly and not, and other widths."""
+    if plan == "tiny":
+        return [CapturedCase(64, 2, tokens=256, num_experts=8, budget_s=0.2)]
+    first = CapturedCase(tokens=fabric.tokens, budget_s=12 if fabric.name == "sockets" else 6)
+    wider, narrower = replace(first, hidden=4096), replace(first, hidden=1024)
+    return [first, replace(first, routing="trained_like"), wider, narrower]
 
 
 def _kernels(plan: str) -> list[KernelsCase]:

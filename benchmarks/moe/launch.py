@@ -23,6 +23,7 @@ from typing import Any
 from adamac.moe.cost.machine import Machine
 
 from .cases import (
+    CapturedCase,
     Case,
     CollectivesCase,
     CostCase,
@@ -38,6 +39,7 @@ Row = dict[str, Any]
 # What runs a case. Imported when it is needed, so that what is broken in one costs its own cases only.
 _MODULES = {
     LayerCase: "layer",
+    CapturedCase: "captured",
     CollectivesCase: "collectives",
     KernelsCase: "kernels",
     LaunchesCase: "launches",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from adamac.moe.timing import Clock, StageClock
 from adamac.moe.traffic import flops_per_token, parameters
 
 from . import bytes_sent
-from .arms import Arm, dispatchers, make_arms, name_of
+from .arms import Arm, dispatchers, make_arms
 from .cases import BASELINE, COPY_PER_EXPERT, PRESETS, LayerCase
 from .check import problem_at_shape, truth
 from .crew import Crew
@@ -35,8 +36,20 @@ class _Built:
 
 def run(case: LayerCase, crew: Crew) -> None:
     """Measure a case and hand out a row for each arm."""
-    common = _common(case, crew)
-    built, problem = crew.attempt(lambda: _build(case, crew))
+    measure("moe_layer", case, crew, lambda inputs: make_arms(case, inputs.router, crew, crew.dtype))
+
+
+def measure(benchmark: str, case: LayerCase, crew: Crew, make_all: Callable[[Inputs], list[Arm]]) -> None:
+    """Measure arms on the inputs of a case and hand out a row for each.
+
+    Args:
+        benchmark: Its name in rows.
+        case: The layer.
+        crew: The ranks.
+        make_all: Builds the arms, the first of them plain.
+    """
+    common = _common(benchmark, case, crew)
+    built, problem = crew.attempt(lambda: _build(case, crew, make_all))
     if problem is not None:
         crew.row(common | {"arm": "all", "status": "error", "reason": problem})
         return
@@ -55,20 +68,20 @@ def run(case: LayerCase, crew: Crew) -> None:
         rows[arm.name] |= _anatomy(arm, inputs, crew)
         _foresee(rows[arm.name], arm, inputs, crew)
     _compare(rows)
-    order = [name_of(preset, name) for preset in PRESETS for name in dispatchers(crew.ranks)] + list(RIVALS)
+    order = [arm.name for arm in built.arms] + list(RIVALS)
     for name in (name for name in order if name in rows):
         crew.row(common | {"arm": name} | rows[name])
 
 
-def _common(case: LayerCase, crew: Crew) -> Row:
+def _common(benchmark: str, case: LayerCase, crew: Crew) -> Row:
     shape = {name: entry for name, entry in asdict(case).items() if name != "budget_s"}
-    return {"benchmark": "moe_layer", **shape, "dtype": str(crew.dtype).removeprefix("torch.")}
+    return {"benchmark": benchmark, **shape, "dtype": str(crew.dtype).removeprefix("torch.")}
 
 
-def _build(case: LayerCase, crew: Crew) -> _Built:
+def _build(case: LayerCase, crew: Crew, make_all: Callable[[Inputs], list[Arm]]) -> _Built:
     inputs = make(case, crew.rank, crew.device, crew.dtype)
     inputs.x.requires_grad_()
-    return _Built(inputs, make_arms(case, inputs.router, crew, crew.dtype))
+    return _Built(inputs, make_all(inputs))
 
 
 def _with_rivals(case: LayerCase, crew: Crew, arms: list[Arm]) -> tuple[list[Arm], dict[str, Row]]:
@@ -141,6 +154,8 @@ def _boths(arms: list[Arm], inputs: Inputs) -> dict[str, Any]:
 def _anatomy(arm: Arm, inputs: Inputs, crew: Crew) -> Row:
     """What is not a time of the whole: memory, and of ours bytes, stages and costs."""
     entries: Row = {"preset": arm.preset, "dispatcher": arm.dispatcher, "note": arm.note}
+    if arm.captured:  # a replay counts nothing, marks no stage and allocates nothing
+        return entries | {"captured": True, "pool_gib": arm.pool_gib()}
     entries["peak_gib"] = _peak_gib(arm, inputs, crew)
     entries["weights_gib"] = sum(weight.nbytes for weight in arm.parameters) / 2**30
     if arm.layer is None:
@@ -161,7 +176,7 @@ def _anatomy(arm: Arm, inputs: Inputs, crew: Crew) -> Row:
 
 def _foresee(row: Row, arm: Arm, inputs: Inputs, crew: Crew) -> None:
     """Put beside the times what the cost model, fitted before, says of them."""
-    if crew.machine is None or arm.layer is None:
+    if crew.machine is None or arm.layer is None or arm.dispatcher not in dispatchers(crew.ranks):
         return
     row["predicted_from_ranks"] = crew.machine.ranks  # None: measured on one rank alone
     for name in ("forward", "forward_backward"):
@@ -206,13 +221,17 @@ def _stages(arm: Arm, layer: MoE, inputs: Inputs, crew: Crew) -> dict[str, float
     return {stage: time_ms / _STAGE_PASSES for stage, time_ms in clock.time_ms().items()}
 
 
+def _ours(row: Row) -> bool:
+    return "bytes" in row or row.get("captured", False)
+
+
 def _compare(rows: dict[str, Row]) -> None:
     """Give every row that was timed its ratios to the baseline: above 1 is faster than it."""
     for name in ("forward", "forward_backward"):
         baseline = {
-            row["dispatcher"]: row[name]["p50_ms"]
+            row["dispatcher"] + ", captured" * row.get("captured", False): row[name]["p50_ms"]
             for row in rows.values()
-            if row["status"] == "ok" and row["preset"] == BASELINE and "bytes" in row
+            if row["status"] == "ok" and row["preset"] == BASELINE and _ours(row)
         }
         for row in (row for row in rows.values() if row["status"] == "ok" and baseline):
             own = row[name]["p50_ms"]
