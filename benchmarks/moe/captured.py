@@ -119,6 +119,7 @@ class Recorded:
                 step()
         torch.cuda.current_stream().wait_stream(aside)
         torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # as recording does, so that what is reserved after it is the recording's
         before, graph = torch.cuda.memory_reserved(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
             outputs = step()

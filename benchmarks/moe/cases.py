@@ -306,10 +306,16 @@ def _layers(plan: str, fabric: Fabric, *, rivals: bool) -> list[LayerCase]:
 
 
 def _captured(plan: str, fabric: Fabric) -> list[CapturedCase]:
-    """The layer of the targets, routed evenly and not, and other widths."""
+    """The layer of the targets, routed evenly and not, and other widths; of the grid every shape, routed evenly."""
     if plan == "tiny":
         return [CapturedCase(64, 2, tokens=256, num_experts=8, budget_s=0.2)]
     first = CapturedCase(tokens=fabric.tokens, budget_s=12 if fabric.name == "sockets" else 6)
+    if plan == "grid":
+        shapes = product(_RATIO, _TOP_K, _HIDDEN)
+        return [
+            replace(first, hidden=hidden, top_k=top_k, ratio=ratio, budget_s=_GRID_S)
+            for ratio, top_k, hidden in shapes
+        ]
     wider, narrower = replace(first, hidden=4096), replace(first, hidden=1024)
     return [first, replace(first, routing="trained_like"), wider, narrower]
 

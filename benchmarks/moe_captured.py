@@ -1,0 +1,149 @@
+"""Layers that are replayed from a CUDA graph: what a ratio is where neither side waits for the host. Part of `moe_page.py`.
+
+Rows are stored as those of the grid are: ``python -m benchmarks.moe_grid ROWS.jsonl benchmarks/results/h200/moe_captured.jsonl``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from statistics import median
+from typing import Any
+
+from .gpu_page import table
+from .moe.cases import BASELINE, PRESETS
+from .moe.summary import ok
+from .moe_foreseen import WORDS
+from .moe_grid import PASSES, Shape, extreme_words, fabric_table, where_words
+
+Row = dict[str, Any]
+# Of the layer of the targets, between the best of both sides, on two ranks and on one.
+AIMS = {"nvlink": 1.4, "shm": 2.0, "sockets": 2.5, "none": 1.2}
+_XL = (2048, 8, 0.25)
+_REPLAYED = "captured"
+
+
+def layers(rows: Iterable[Row], ranks: int | None = None) -> list[Shape]:
+    """Layers whose replayed arms were timed on both sides; of so many ranks, or of all."""
+    found: dict[tuple[Any, ...], dict[str, Row]] = {}
+    for row in ok(list(rows), "moe_captured"):
+        if ranks in (None, row["ranks"]):
+            key = tuple(row[name] for name in ("fabric", "routing", "hidden", "top_k", "ratio", "ranks"))
+            found.setdefault(key, {})[row["arm"]] = row
+    whole = [Shape(*key[:5], arms) for key, arms in found.items()]
+    return [s for s in whole if all(_times(s, side, "forward")[-1] is not None for side in PRESETS)]
+
+
+def target_lines(rows: list[Row]) -> list[list[str]]:
+    """The targets between the best of both sides, by the runs in which replaying was one of the ways."""
+    lines = []
+    for fabric, aim in AIMS.items():
+        for shape in layers(rows, 1 if fabric == "none" else 2):
+            if (shape.fabric, shape.routing, shape.key) == (fabric, "balanced", _XL):
+                forward, both = (shape.best(name) for name in PASSES)
+                where = "one GPU" if fabric == "none" else fabric
+                verdict = "met" if forward >= aim else "missed"
+                lines.append([f"layer, XL top-8, best way, replaying too, {where}", f"≥ {aim:g} ×", f"{forward:.2f}", f"{both:.2f}", verdict])  # fmt: skip
+    return lines
+
+
+def verdict_words(rows: list[Row]) -> str:
+    """One line beside the verdict of layers that are launched piece by piece."""
+    told = []
+    for ranks in (2, 4):
+        of = [s for s in layers(rows, ranks) if (s.routing, s.key) == ("balanced", _XL)]
+        if of:
+            told.append(f"on {'two' if ranks == 2 else 'four'} ranks " + "; ".join(f"{WORDS[s.fabric]} {_pair(s)}" for s in of))  # fmt: skip
+    return (
+        f"**And if nobody waits for the host?** [Replayed from a CUDA graph](#replayed-from-a-cuda-graph), best against best, forward / forward + backward: "
+        f"{'. '.join(told)}."
+    )
+
+
+def section(rows: list[Row]) -> str:
+    """Tables and words."""
+    stamp = rows[0]
+    grid = [s for s in layers(rows, 2) if s.routing == "balanced"]
+    parts = [
+        f"{stamp['device']} at commit `{stamp['commit']}` (`h200/moe_captured.jsonl`), ranks and tokens as above. `static_gather` sends what the gather "
+        "sends, in shapes that are known beforehand: the host reads nothing and the layer can be recorded, on one rank too (`local`). All ways were "
+        "timed in turns in one run; the machine's other cards were at work. *Plain* is the best of the other dispatchers, launched piece by piece.",
+        layer_table(rows),
+        gain_words(rows),
+        memory_words(rows),
+        "**Where it pays then.** Best against best, replaying being one of the ways, on two ranks.",
+        where_words(grid),
+        extreme_words(grid),
+    ]
+    for fabric in dict.fromkeys(shape.fabric for shape in grid):
+        own = [shape for shape in grid if shape.fabric == fabric]
+        if len(own) > 3:
+            parts += [f"**{WORDS[fabric]}**, forward / forward + backward; **bold** where it pays in both.", fabric_table(own)]  # fmt: skip
+    return "\n\n".join(parts)
+
+
+def layer_table(rows: list[Row]) -> str:
+    """Each way's times on both sides, and what comes of them."""
+    lines = []
+    for ranks in sorted({row["ranks"] for row in rows}, key=lambda number: (number == 1, number)):
+        for shape in layers(rows, ranks):
+            if shape.top_k != 8 or shape.r != 0.25:
+                continue
+            times = [
+                " / ".join(_ms(_times(shape, side, name)[way]) for name in PASSES)
+                for side in PRESETS
+                for way in range(3)
+            ]
+            plain = " / ".join(f"{_times(shape, BASELINE, n)[0] / _times(shape, PRESETS[1], n)[0]:.2f}" for n in PASSES)  # fmt: skip
+            what = f"h {shape.hidden:,}{'' if shape.routing == 'balanced' else ', uneven'}"
+            lines.append([WORDS[shape.fabric], str(ranks), what, *times, plain, _pair(shape)])
+    ways = [f"{side}: {way}" for side in ("baseline", "BigMac") for way in ("plain", "static", "replayed")]
+    return table(["fabric", "ranks", "top-8, r 1/4", *ways, "ratio, plain", "ratio, best"], lines)
+
+
+def gain_words(rows: list[Row]) -> str:
+    """What replaying gains over the best plain way, by width."""
+    told = []
+    for hidden in sorted({s.hidden for s in layers(rows)}):
+        own = [s for s in layers(rows) if s.hidden == hidden and s.fabric != "none"]
+        gains = [
+            _times(s, side, n)[0] / _times(s, side, n)[2] for s in own for side in PRESETS for n in PASSES
+        ]
+        if gains:
+            told.append(
+                f"{min(gains):.2f} to {max(gains):.2f} times at h {hidden:,} (median {median(gains):.2f})"
+            )
+    return f"Among ranks replaying is as fast as the best plain way {'; '.join(told)}: narrow layers are launches, wide ones are products and messages."
+
+
+def memory_words(rows: list[Row]) -> str:
+    """What static shapes take."""
+    (xl,) = [s for s in layers(rows, 2) if (s.fabric, s.routing, s.key) == ("nvlink", "balanced", _XL)] or [
+        None
+    ]
+    if xl is None:
+        return ""
+    told = [
+        f"{xl.arms[f'{side}/all_gather']['peak_gib']:.2f} and {xl.arms[f'{side}/static_gather']['peak_gib']:.2f} GiB ({side})"
+        for side in PRESETS
+    ]
+    return (
+        f"Its price is memory: room for all rows that may come, on two ranks twice those that do at an even load. Forward and backward of this layer over NVLink take, gather and static, "
+        f"{' and '.join(told)}; a recording keeps its memory between replays."
+    )
+
+
+def _times(shape: Shape, side: str, name: str) -> tuple[Any, Any, Any]:
+    """Milliseconds of the best plain way, of static shapes launched piece by piece, and of the replay; ``None`` where there is none."""
+    own = [row for row in shape.arms.values() if row["preset"] == side]
+    replayed = [row[name]["p50_ms"] for row in own if row.get(_REPLAYED)]
+    static = [r[name]["p50_ms"] for r in own if r["dispatcher"] == "static_gather" and not r.get(_REPLAYED)]
+    plain = [r[name]["p50_ms"] for r in own if r["dispatcher"] != "static_gather" and not r.get(_REPLAYED)]
+    return tuple(min(times, default=None) for times in (plain, static, replayed))  # ty: ignore[invalid-return-type]
+
+
+def _pair(shape: Shape) -> str:
+    return " / ".join(f"{shape.best(name):.2f}" for name in PASSES)
+
+
+def _ms(time: float | None) -> str:
+    return "-" if time is None else f"{time:.2f}"
