@@ -128,7 +128,7 @@ def cost(layer: MoE, x: torch.Tensor, both: bool, kernels: bool) -> dict[str, An
         counted = stack.enter_context(Counted())
         if kernels:
             stack.enter_context(counted.launches())
-            for module in ("adamac.ops.gate", "adamac.moe.rows"):
+            for module in ("adamac.ops.gate", "adamac.ops.activation", "adamac.moe.rows"):
                 stack.enter_context(patch(f"{module}.chosen", return_value="triton"))
         step()
     found = {"operations": counted.operations, "collectives": counted.collectives}

@@ -18,7 +18,8 @@ from torch import Tensor
 from adamac.moe import preset
 from adamac.moe.experts import Experts
 from adamac.moe.rows import by_expert, gathered, spread
-from adamac.ops.grouped_mlp import activate, check_fused
+from adamac.ops.activation import activate
+from adamac.ops.grouped_mlp import check_fused
 from adamac.ops.grouped_mm import grouped_mm
 
 from .arms import make_layer

@@ -11,6 +11,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from adamac.moe.choices import triton as choices
 from adamac.moe.rows import triton as rows
+from adamac.ops.activation import ACTIVATIONS
+from adamac.ops.activation import triton as activation
 from adamac.ops.gate import triton as gate
 
 POINTERS = {
@@ -24,7 +26,9 @@ POINTERS = {
 def compiled(kernel, others={}, **constants):
     types = POINTERS | others
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
-    compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32))
+    aligned = [place for place, name in enumerate(kernel.arg_names) if types.get(name) == "*bf16" or name == "width"]
+    hints = {(place,): [["tt.divisibility", 16]] for place in aligned}
+    return compile(ASTSource(kernel, signature, constants, hints), target=GPUTarget("cuda", 90, 32)).asm["ptx"]
 
 
 for softmax in (True, False):
@@ -41,11 +45,19 @@ for ranks in (2, 100):
     compiled(choices._place, experts, **shape)
 compiled(choices._begun, BLOCK=1024)
 compiled(choices._tables, {"experts": "*i32"}, BLOCK=1024)
+for way in ACTIVATIONS:
+    for gated in (False, True):
+        values = dict.fromkeys(("inner", "out", "wanted", "found"), "*bf16") | {"rows": "*i32"}
+        shape = {"ACTIVATION": way, "GATED": gated, "COUNTED": True, "ROWS": 8, "COLUMNS": 1024}
+        for kernel in (activation._activate, activation._gradient):
+            code = compiled(kernel, values, **shape)
+            assert "ld.global.v4" in code and "ld.global.b16" not in code, "not read in pieces of 16 bytes"
+            assert "st.global.v4" in code and "st.global.b16" not in code, "not written in pieces of 16 bytes"
 print("compiled")
 """
 
 
-def test_kernels_of_the_router_of_sorting_and_of_choices_compile_for_hopper():
+def test_kernels_of_the_router_of_sorting_of_choices_and_of_activations_compile_for_hopper():
     command = [sys.executable, "-c", PROGRAM]
     answer = subprocess.run(
         command, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "0"}

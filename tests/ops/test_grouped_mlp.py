@@ -7,7 +7,8 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from adamac.ops.grouped_mlp import ACTIVATIONS, grouped_mlp
+from adamac.ops.activation import ACTIVATIONS
+from adamac.ops.grouped_mlp import grouped_mlp
 from adamac.ops.grouped_mlp import triton as kernels
 from adamac.testing import assert_within_error_budget
 
@@ -56,6 +57,36 @@ def test_without_gradients_the_answer_is_the_same_and_nothing_is_kept_for_them(d
         quiet = grouped_mlp(*tensors, counts, "gelu", impl="fused")
     assert torch.equal(quiet, grouped_mlp(*tensors, counts, "gelu", impl="fused"))
     assert [call.kwargs["keep_inner"] for call in through.call_args_list] == [False, True]
+
+
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS.keys())
+@pytest.mark.parametrize(
+    ("impl", "by", "gated"),
+    [
+        ("fused", "torch", False),
+        ("torch", "triton", False),
+        ("torch", "triton", True),
+        ("torch", "torch", True),
+        ("reference", "torch", True),
+    ],
+)
+def test_rows_beyond_the_counts_change_nothing(counts, impl, by, gated, device, monkeypatch):
+    """They are NaN here, as is memory that is never written."""
+    monkeypatch.setattr("adamac.ops.activation.chosen", lambda *_: by)
+    (rows, up, down), lengths = operands(counts, torch.bfloat16, device)
+    down, total = down[:, : 24 if gated else 40], len(rows)
+    up = torch.cat([up, up], 2)[:, :, :48] if gated else up
+    beyond = rows.new_full((50, rows.shape[1]), float("nan"))
+    found = []
+    for more in (rows[:0], beyond):
+        leaves = [leaf.detach().requires_grad_() for leaf in (torch.cat([rows, more]), up, down)]
+        out = grouped_mlp(*leaves, lengths, "gelu", gated=gated, impl=impl)
+        wanted = torch.cat([rows.cos(), more])
+        of_rows, *of_matrices = torch.autograd.grad(out, leaves, wanted)
+        assert len(out) == len(of_rows) == len(wanted)
+        found.append((out[:total].detach(), of_rows[:total], *of_matrices))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_gated_experts_refuse_to_be_fused(device):

@@ -59,6 +59,27 @@ def test_torchs_kernel_errs_no_more_than_a_loop_does(counts, dtype, device):
 
 
 @pytest.mark.parametrize("impl", ["torch", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS.keys())
+def test_rows_beyond_the_counts_change_nothing(counts, dtype, impl, device):
+    rows, weights, lengths = operands(counts, dtype, device)
+    total, wanted = len(rows), torch.randn(len(rows), 24, dtype=dtype, device=device)
+    out = grouped_mm(rows, weights, lengths, impl=impl)
+    right = [out, *torch.autograd.grad(out, (rows, weights), wanted)]
+    for poison in (1e3, float("nan")):
+        longer, further = (
+            torch.cat([each.detach(), each.new_full((70, each.shape[1]), poison)]) for each in (rows, wanted)
+        )
+        out = grouped_mm(longer.requires_grad_(), weights, lengths, impl=impl)
+        assert out.shape == further.shape
+        found = [out, *torch.autograd.grad(out, (longer, weights), further)]
+        for a, b in zip((found[0][:total], found[1][:total], found[2]), right, strict=True):
+            torch.testing.assert_close(a, b)
+        if impl == "reference":
+            assert not bool(found[0][total:].any() or found[1][total:].any())
+
+
+@pytest.mark.parametrize("impl", ["torch", "reference"])
 def test_an_expanded_gradient_is_taken(impl):
     rows, weights, counts = operands([4, 0, 9, 1])
     grouped_mm(rows, weights, counts, impl=impl).sum().backward()
@@ -78,6 +99,7 @@ def test_what_does_not_fit_is_refused_in_one_line():
     for arguments, options, message in (
         ((rows[:, :8], weights, counts), {}, r"expected rows .* got \(7, 8\) and \(2, 16, 24\)"),
         ((rows, weights, counts[:1]), {}, "a count for each of 2 groups"),
+        ((rows[:6], weights, counts), {"impl": "reference"}, "counts add up to 7, but there are 6 rows"),
         ((rows.double(), weights, counts), {}, "rows are torch.float64 but weights are torch.float32"),
         ((rows, weights, counts), {"impl": "cuda"}, "impl must be one of auto, torch, reference; got 'cuda'"),
         ((rows[:, :5], weights[:, :5], counts), {"impl": "torch"}, "no multiple of 16 bytes"),

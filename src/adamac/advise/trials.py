@@ -16,7 +16,7 @@ from adamac.moe.presets import MoEConfig
 from adamac.moe.routing import Router, Routing
 from adamac.moe.rows import by_expert, gathered, spread
 from adamac.moe.traffic import Traffic
-from adamac.ops.grouped_mlp import ACTIVATIONS
+from adamac.ops.activation import activate
 from adamac.ops.grouped_mm import grouped_mm
 
 _TOP_K = 4
@@ -83,7 +83,7 @@ def try_elementwise(bench: Bench) -> Iterator[tuple[Work, Call]]:
             inner = bench.random(tokens * _TOP_K, hidden)
             yield (
                 activation(inner.numel(), config, bench.dtype.itemsize),
-                lambda inner=inner: ACTIVATIONS[config.activation](inner),
+                lambda inner=inner: activate(inner, config.activation),
             )
 
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from adamac.moe.presets import MoEConfig
 from adamac.moe.shares import written_whole
-from adamac.ops.grouped_mlp import MlpImpl, activate, check_fused, grouped_mlp
+from adamac.ops.activation import activate
+from adamac.ops.grouped_mlp import MlpImpl, check_fused, grouped_mlp
 from adamac.ops.grouped_mm import chosen, torch_waits
 
 

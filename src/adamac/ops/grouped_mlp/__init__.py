@@ -9,24 +9,16 @@ products without an activation beside them. On an H100 it gained nothing over Py
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from adamac.ops.activation import activate
 from adamac.ops.grouped_mm import GroupedImpl, ends_of, grouped_mm, torch_problem
 from adamac.ops.launch import interpreted, triton_problem
 
 MlpImpl = Literal["auto", "fused", "torch", "reference"]
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": functional.gelu,
-    "relu": functional.relu,
-    "silu": functional.silu,
-    "relu2": lambda x: functional.relu(x).square(),
-}
 
 
 def grouped_mlp(
@@ -45,10 +37,12 @@ def grouped_mlp(
         rows: ``[n, width]``, the first ``counts[0]`` rows are group 0's, and so on.
         up: ``[groups, width, inner]`` in the dtype of the rows, or ``2 * inner`` with the gate first.
         down: ``[groups, inner, width]``.
-        counts: ``[groups]`` integers that add up to ``n``.
-        activation: A key of :data:`ACTIVATIONS`.
+        counts: ``[groups]`` integers that add up to ``n``, or to less: what answers to the rows beyond, and their gradient, is
+            undefined, and the gradient of the matrices does not depend on them.
+        activation: A key of :data:`adamac.ops.activation.ACTIVATIONS`.
         gated: Whether the activated first half of the inner values multiplies the second.
-        impl: ``"fused"``, ``"torch"`` or ``"reference"`` (separate, with that grouped product), or ``"auto"``.
+        impl: ``"fused"``, ``"torch"`` or ``"reference"`` (separate, with that grouped product), or ``"auto"``. All but
+            ``"reference"`` apply the activation by a kernel where one runs.
 
     Returns:
         ``[n, width]``.
@@ -65,15 +59,9 @@ def grouped_mlp(
     through: GroupedImpl = "auto" if impl == "fused" else impl
     ends = ends_of(counts)
     inner = grouped_mm(rows, up, counts, impl=through, ends=ends)
-    return grouped_mm(activate(inner, activation, gated=gated), down, counts, impl=through, ends=ends)
-
-
-def activate(inner: Tensor, activation: str, *, gated: bool = False) -> Tensor:
-    """Apply the activation: ``[n, inner]``, or of ``[n, 2 * inner]`` the activated first half times the second."""
-    if not gated:
-        return ACTIVATIONS[activation](inner)
-    gate, up = inner.chunk(2, dim=-1)
-    return ACTIVATIONS[activation](gate) * up
+    by = "torch" if impl == "reference" else "auto"
+    active = activate(inner, activation, gated=gated, rows=ends[-1:], impl=by)
+    return grouped_mm(active, down, counts, impl=through, ends=ends)
 
 
 def check_fused(rows: Tensor, up: Tensor, *, gated: bool = False) -> None:

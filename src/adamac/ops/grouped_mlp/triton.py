@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from adamac.ops.activation.triton import activated, slope
 from adamac.ops.launch import interpreted, power_of_two
 
 
@@ -186,7 +187,7 @@ def _up_activated(
             total = _product(a, b, total, UPCAST)
         if KEEP:
             _write(total, inner_tiles, inner, first, end, column, width, ROWS, COLUMNS)
-        total = _activated(total, ACTIVATION)
+        total = activated(total, ACTIVATION)
         _write(total, active_tiles, active, first, end, column, width, ROWS, COLUMNS)
 
 
@@ -217,7 +218,7 @@ def _down_gradient(
             a = gradient.load([first, start])
             b = matrices.load([group, column, start]).reshape(COLUMNS, STEP)
             total = _product(a, b.T, total, UPCAST)
-        total *= _slope(inner_tiles.load([first, column]).to(tl.float32), ACTIVATION)
+        total *= slope(inner_tiles.load([first, column]).to(tl.float32), ACTIVATION)
         _write(total, found_tiles, found, first, end, column, width, ROWS, COLUMNS)
 
 
@@ -254,31 +255,3 @@ def _write(values, tiles, there, first, end, column, width, ROWS: tl.constexpr, 
         inside = (row < end - first)[:, None] & (columns < width - column)[None, :]
         corner = there + first.to(tl.int64) * width + column
         tl.store(corner + row[:, None] * width + columns[None, :], values, mask=inside)
-
-
-@triton.jit
-def _activated(x, ACTIVATION: tl.constexpr):
-    if ACTIVATION == "gelu":
-        x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    elif ACTIVATION == "silu":
-        x = x * tl.sigmoid(x)
-    else:
-        x = tl.maximum(x, 0.0)
-        if ACTIVATION == "relu2":
-            x = x * x
-    return x
-
-
-@triton.jit
-def _slope(x, ACTIVATION: tl.constexpr):
-    if ACTIVATION == "gelu":
-        density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
-        x = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * density
-    elif ACTIVATION == "silu":
-        share = tl.sigmoid(x)
-        x = share * (1.0 + x * (1.0 - share))
-    elif ACTIVATION == "relu2":
-        x = 2.0 * tl.maximum(x, 0.0)
-    else:
-        x = tl.where(x > 0.0, 1.0, 0.0)
-    return x

@@ -27,7 +27,8 @@ def grouped_mm(
     Args:
         rows: ``[n, width_in]``, the first ``counts[0]`` rows are group 0's, and so on.
         weights: ``[groups, width_in, width_out]`` in the dtype of the rows.
-        counts: ``[groups]`` integers that add up to ``n``; 0 is an empty group.
+        counts: ``[groups]`` integers, 0 for an empty group. Where they add up to less than ``n``, the rows beyond are not read:
+            their answers and gradients are undefined (zeros from ``reference``), and the gradient of the weights is without them.
         impl: ``"torch"``, ``"reference"`` or ``"auto"``, which is ``"torch"`` where that works.
         ends: :func:`ends_of` the counts, where several products share them.
 
