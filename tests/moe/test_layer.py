@@ -309,6 +309,9 @@ def test_a_layer_says_why_a_pass_waits_for_the_device():
     bigmac = preset("bigmac", 64, 8, 2)
     assert MoE(bigmac, dtype=torch.bfloat16).waits() is None
     assert "in torch.float32 PyTorch loops over the experts" in MoE(bigmac).waits()
+    assert MoE(bigmac).waits(torch.bfloat16) is None  # what counts under autocast is what is computed in
+    assert "in torch.float32" in MoE(bigmac, dtype=torch.bfloat16).waits(torch.float32)
+    assert "run in a loop that waits" in MoE(preset("bigmac", 64, 8, 2, ffn=36)).waits(torch.bfloat16)
     limited = MoE(preset("bigmac", 64, 8, 2, capacity=1.0), dtype=torch.bfloat16)
     assert "experts have a capacity" in limited.waits()
     limited.dispatcher = SimpleNamespace(reads=False)  # whose buffers are as long as the capacity allows

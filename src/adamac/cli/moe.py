@@ -71,6 +71,9 @@ class MoeTrain:
         layout: "replicated": parameters other than the experts' are whole on every rank. "sharded": every rank has a share of
             all parameters, gradients and moments (FSDP2); slower, for models that would not fit. A run may be resumed with
             the other.
+        capture: Record a micro-batch as a CUDA graph and replay it, so that a GPU does not wait for its host; one line says why
+            where that cannot be, and the run goes on as without. On several ranks a new run then sends tokens to divided experts
+            by static_gather, as the other dispatchers read how many come. A run may be resumed with or without it.
         device: "auto", "cpu", "cuda" or "cuda:1".
         threads: CPU threads. Small models gain little from more than one, and lose much where cores are shared; the result is
             the same to the bit for the same number.
@@ -104,6 +107,7 @@ class MoeTrain:
     expert_ranks: int = 1
     machine: Path | None = None
     layout: Literal["replicated", "sharded"] = "replicated"
+    capture: bool = False
     device: str = "auto"
     threads: int = 1
 
@@ -202,6 +206,7 @@ def moe_train(options: MoeTrain, console: Console) -> int:
                 watcher=watching,
                 layout=options.layout,
                 machine=machine,
+                capture=options.capture,
             )
     except (Diverged, Left) as error:
         broken = isinstance(error, Gone)

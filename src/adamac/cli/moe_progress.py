@@ -63,6 +63,10 @@ class Watching:
         if done:
             self._say(f"{done} steps were done already")
 
+    def uncaptured(self, reason: str) -> None:
+        """Say why steps wait for their host all the same."""
+        self._say(f"training is not captured in a CUDA graph: {reason}")
+
     def stepped(self, row: Row) -> None:
         """Show a step."""
         each = (time.monotonic() - self._began) / max(1, row.step - self._first)

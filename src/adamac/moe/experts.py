@@ -93,11 +93,15 @@ class Experts(nn.Module):
         through = {chosen(self.impl, rows, self.up), chosen(self.impl, inner, self.down)}
         return "torch" if through == {"torch"} else "reference"
 
-    def waits(self) -> str | None:
-        """Say why computing them on a GPU waits for the device, in the dtype of their parameters; ``None`` if it does not."""
-        if self.runs() == "reference":
+    def waits(self, dtype: torch.dtype | None = None) -> str | None:
+        """Say why computing them on a GPU waits for the device; ``None`` if it does not.
+
+        Args:
+            dtype: Of the rows, which matrices are cast to; ``None`` means that of the parameters.
+        """
+        if self.runs(dtype) == "reference":
             return "the experts run in a loop that waits for the device (reference)"
-        return torch_waits(self.up)
+        return torch_waits(dtype or self.up.dtype, self.up.device)
 
     def extra_repr(self) -> str:
         """What distinguishes the experts in a printed model."""

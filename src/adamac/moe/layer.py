@@ -175,8 +175,12 @@ class MoE(nn.Module):
             total = total + weights[name] * loss
         return total
 
-    def waits(self) -> str | None:
-        """Say why a pass on a GPU waits for the device and cannot be recorded in a CUDA graph; ``None`` if nothing is read back."""
+    def waits(self, dtype: torch.dtype | None = None) -> str | None:
+        """Say why a pass on a GPU waits for the device and cannot be recorded in a CUDA graph; ``None`` if nothing is read back.
+
+        Args:
+            dtype: That experts compute in, as under autocast; ``None`` means that of their parameters.
+        """
         name = type(self.dispatcher).__name__
         if self.dispatcher.reads:
             return f"rows are sent to other ranks ({name}), which reads how many there are"
@@ -184,7 +188,7 @@ class MoE(nn.Module):
             return "experts have a capacity: how many tokens they have no room for is read back"
         if type(self.clock) is not Clock:
             return f"the layer's stages are timed ({type(self.clock).__name__}), which a recording cannot be"
-        return self.experts.waits()
+        return self.experts.waits(dtype)
 
     @torch.no_grad()
     def rebalance(self, group: dist.ProcessGroup | None = None) -> None:

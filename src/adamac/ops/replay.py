@@ -47,20 +47,26 @@ class Replayed:
 
     def __call__(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The function's value."""
+        self.record(*inputs)
         if self.problem or not inputs[0].is_cuda:
             return self._function(*inputs)
-        shapes = tuple(tensor.shape for tensor in inputs)
         with torch.cuda.device_of(inputs[0]):  # streams are those of the current device
-            if shapes not in self._recorded:
-                with _RECORDING:
-                    self._try_to_record(shapes, inputs)
-            if self.problem:
-                return self._function(*inputs)
-            graph, places, outputs = self._recorded[shapes]
+            graph, places, outputs = self._recorded[_shapes(inputs)]
             for place, tensor in zip(places, inputs, strict=True):
                 place.copy_(tensor)
             graph.replay()
             return outputs
+
+    def record(self, *inputs: torch.Tensor) -> None:
+        """Record for inputs of these shapes now, if that is still to be done, rather than when first called with such.
+
+        For a function that writes beside its value: once this returns, a call is one call, and what was written can be undone.
+        """
+        shapes = _shapes(inputs)
+        if self.problem or not inputs[0].is_cuda or shapes in self._recorded:
+            return
+        with torch.cuda.device_of(inputs[0]), _RECORDING:
+            self._try_to_record(shapes, inputs)
 
     def _try_to_record(self, shapes: tuple, inputs: tuple[torch.Tensor, ...]) -> None:
         stream, pool = torch.cuda.current_stream(), torch.cuda.graph_pool_handle()
@@ -94,6 +100,10 @@ class Replayed:
             torch._C._cuda_endAllocateToPool(stream.device_index, pool)
         generator = torch.cuda.default_generators[stream.device_index]
         generator.graphsafe_set_state(generator.clone_state())
+
+
+def _shapes(inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Size, ...]:
+    return tuple(tensor.shape for tensor in inputs)
 
 
 @functools.cache

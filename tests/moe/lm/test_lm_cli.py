@@ -81,6 +81,15 @@ def test_decoding_that_a_gpu_could_not_capture_says_why_in_a_line(trained, monke
     assert line not in capsys.readouterr().err
 
 
+def test_training_that_cannot_be_captured_says_why_in_a_line_and_goes_on(trained, capsys):
+    line = "training is not captured in a CUDA graph: the model is on cpu, and CUDA graphs are for GPUs\n"
+    assert line not in capsys.readouterr().out
+    assert cli.main([*trained, "--out", "out/other", "--device", "cpu", "--capture"]) == 0
+    said = capsys.readouterr().out
+    assert said.count(line) == 1
+    assert "bits per byte of held-out text" in said
+
+
 @pytest.mark.parametrize("command", [["generate", "out/moe"], ["export", "out/moe", "--to", "hf"]])
 def test_what_one_process_does_is_refused_on_ranks(trained, monkeypatch, capsys, tmp_path, command):
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -148,13 +148,13 @@ def test_experts_without_tokens_keep_no_rank_waiting(corpus, expert_ranks):
 
 
 def meet_nan(rank: int, expert_ranks: int, recipe: Recipe, directory: Path) -> str:
-    def poisoned(learner, inputs, targets, step, own=learning.Learner._loss):
+    def poisoned(learner, step, order, own=learning.Learner._backward):
         if step == 1 and rank == 1:
             learner.model.embedding.register_forward_hook(lambda *call: call[-1] * math.nan)
-        return own(learner, inputs, targets, step)
+        return own(learner, step, order)
 
     world = World.join("cpu", expert_ranks)
-    with mock.patch.object(learning.Learner, "_loss", poisoned), pytest.raises(Diverged) as caught:
+    with mock.patch.object(learning.Learner, "_backward", poisoned), pytest.raises(Diverged) as caught:
         train(recipe, directory, world=world, layout="sharded")
     return str(caught.value)
 

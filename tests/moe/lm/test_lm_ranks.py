@@ -113,13 +113,13 @@ def test_only_the_first_rank_holds_the_whole_model_for_a_checkpoint(recipe, corp
 def meet_nan(rank: int, recipe: Recipe, directory: Path) -> str:
     world = World.join("cpu", 2)
 
-    def poisoned(learner, inputs, targets, step, own=learning.Learner._loss):
+    def poisoned(learner, step, order, own=learning.Learner._backward):
         if step == 1 and rank == 1:
             with torch.no_grad():
                 learner.model.embedding.weight[:] = math.nan
-        return own(learner, inputs, targets, step)
+        return own(learner, step, order)
 
-    with mock.patch.object(learning.Learner, "_loss", poisoned), pytest.raises(Diverged) as caught:
+    with mock.patch.object(learning.Learner, "_backward", poisoned), pytest.raises(Diverged) as caught:
         train(recipe, directory, world=world)
     return str(caught.value)
 

@@ -213,6 +213,22 @@ def test_a_machine_that_has_nothing_to_say_here_is_refused(recipe, machine, rank
     assert "\n" not in str(caught.value)
 
 
+def test_who_captures_takes_the_dispatcher_that_reads_nothing_unless_a_run_has_another(recipe):
+    chosen = choose_sending(recipe, 2, 16, capture=True)
+    assert chosen.dispatcher == "static_gather"
+    assert "asked for by --capture" in chosen.reason
+    assert Sending.from_dict(asdict(chosen)) == chosen
+    former = choose_sending(recipe, 2, 16)
+    assert choose_sending(recipe, 2, 16, kept=[former], capture=True) == former
+    assert choose_sending(recipe, 2, 16, kept=[chosen]) == chosen
+    elsewhere = choose_sending(recipe, 4, 16, kept=[former], capture=True)
+    assert elsewhere.dispatcher == "static_gather"
+    assert "chosen anew, as the run had" in elsewhere.reason
+    assert choose_sending(recipe, 1, 16, capture=True) is None
+    with pytest.raises(ValueError, match=r"--capture takes static_gather, .* leave one of them out"):
+        choose_sending(recipe, 2, 16, machine_of(), capture=True)
+
+
 @pytest.mark.parametrize("machine", [measured_on(2), machine_of()])
 def test_one_that_was_measured_on_as_many_or_given_for_any_is_taken(recipe, machine):
     assert choose_sending(recipe, 2, 16, machine).ranks == 2

@@ -284,11 +284,12 @@ def test_a_run_that_cannot_begin_leaves_nothing_behind(recipe, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(recipe, tmp_path, monkeypatch):
-    def poisoned(learner, inputs, targets, step, own=learning.Learner._loss):
-        return own(learner, inputs, targets, step) * (math.nan if step == 4 else 1.0)
+    def poisoned(learner, step, order, own=learning.Learner._backward):
+        names, sums, loads = own(learner, step, order)
+        return names, sums * (math.nan if step == 4 else 1.0), loads
 
     with monkeypatch.context() as patch:
-        patch.setattr(learning.Learner, "_loss", poisoned)
+        patch.setattr(learning.Learner, "_backward", poisoned)
         with pytest.raises(Diverged, match=r"step 5 has loss nan .*step-00000004; try a lower learning rate"):
             train(recipe, tmp_path / "run")
     assert all(parameter.isfinite().all() for parameter in load_model(tmp_path / "run").parameters())

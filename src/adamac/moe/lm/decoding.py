@@ -20,6 +20,7 @@ from torch import Tensor
 
 from adamac.moe.lm.cache import Cache
 from adamac.moe.lm.model import GPT, View
+from adamac.moe.lm.recording import unrecordable
 from adamac.ops.replay import Replayed
 
 Choose = Callable[[Tensor, Tensor], Tensor]
@@ -89,23 +90,13 @@ class Decoder:
 
 def obstacle(model: GPT, tokens: int) -> str:
     """Say why decoding so many tokens is not captured in a CUDA graph, in words; empty if it is."""
-    weight = model.embedding.weight
-    if weight.device.type != "cuda":
-        return f"the model is on {weight.device.type}, and CUDA graphs are for GPUs"
     if tokens < FEWEST:
         return f"{tokens} steps are fewer than the {FEWEST} from which recording pays"
     if torch.is_inference_mode_enabled():
         return "inference mode is on, and others could not record after what is recorded in it; use torch.no_grad"
     if torch.is_autocast_enabled("cuda"):
         return "autocast is on, which casts weights anew in each step; cast the model itself"
-    if any(hasattr(parameter, "to_local") for parameter in model.parameters()):
-        return "parameters are spread over ranks, which would have to record together"
-    if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
-        return "modules have forward hooks, which a replay would not call"
-    for moe in model.moes:
-        if problem := moe.waits():
-            return problem
-    return ""
+    return unrecordable(model)
 
 
 def _step(

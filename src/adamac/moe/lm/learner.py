@@ -13,14 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from adamac.moe.dispatch import NotFiniteError
-from adamac.moe.experts import casts_kept
-from adamac.moe.layer import MoE
 from adamac.moe.lm.checkpoint import load_weights
 from adamac.moe.lm.corpus import Order
 from adamac.moe.lm.layout import LayoutName, lay_out
+from adamac.moe.lm.micro_batch import MicroBatches
 from adamac.moe.lm.model import GPT, GPTConfig
 from adamac.moe.lm.recipe import Recipe
 from adamac.moe.lm.sending import Sending
@@ -67,6 +65,7 @@ class Learner:
         amp: bool = False,
         layout: LayoutName = "replicated",
         sending: Sending | None = None,
+        capture: bool = False,
     ) -> None:
         """Build and initialise model and optimizer.
 
@@ -78,6 +77,7 @@ class Learner:
             amp: Compute in bfloat16 where that is safe.
             layout: How parameters lie on the ranks; one rank has them all.
             sending: What sends rows to experts, the same in every layer; ``None``: what each layer takes by itself.
+            capture: Replay micro-batches from a CUDA graph, if nothing is in the way; see :attr:`uncaptured`.
 
         Raises:
             ValueError: If the batch cannot be shared by the ranks, or there is no such layout.
@@ -90,6 +90,19 @@ class Learner:
         self.layout = lay_out(layout, self.model, world, amp=amp)
         self.held = {name: local(value.detach()) for name, value in self.layout.parameters.items()}
         self.optimizer = _adamw(self.held.values(), recipe, world.device)
+        self._micro_batches = MicroBatches(
+            self.model,
+            self.layout.parameters.values(),
+            pieces=self.pieces,
+            amp=amp,
+            capture=capture,
+            agree=world.agreed,
+        )
+
+    @property
+    def uncaptured(self) -> str:
+        """Why micro-batches are not replayed although that was asked for, in words; the first update may find a reason."""
+        return self._micro_batches.reason
 
     @property
     def parameters(self) -> int:
@@ -111,12 +124,11 @@ class Learner:
         # Nothing draws random numbers in a step today; what will, must not depend on the steps before.
         torch.manual_seed((recipe.seed * 1_000_003 + step) * self.world.size + self.world.rank)
         self.model.train()
-        for value in (*self.layout.parameters.values(), *self.held.values()):
+        for value in self.held.values():
             value.grad = None
         refusal = None
         try:
-            with casts_kept(self.model):
-                names, sums, loads = self._backward(step, order)
+            names, sums, loads = self._backward(step, order)
         except Diverged as error:  # ranks that have other copies of the experts learn of it by the sums
             refusal, (names, sums, loads) = error, self._not_finite()
         reduced = self.world.add(torch.cat((sums, loads.flatten())))
@@ -145,22 +157,24 @@ class Learner:
         Returns:
             Names of the auxiliary losses; ``[1 + losses + 1]`` float64, the loss and those, this rank's part of the mean,
             and the bytes that it sent; and ``[layers, num_experts]`` float64, its tokens by expert.
+
+        Raises:
+            Diverged: If a router gave NaN or infinity, where that is looked at.
         """
-        world, moes = self.world, self.model.moes
-        sums, loads, names, bytes_sent = [], [], [], 0
-        for piece in range(self.pieces):
-            first = step * self.recipe.batch + (piece * world.size + world.rank) * self.micro_batch
-            inputs, targets = (part.to(world.device) for part in order.batch(first, self.micro_batch))
-            loss = self._loss(inputs, targets, step)
-            auxiliary = torch.stack([moe.auxiliary_loss() for moe in moes]).sum()
-            ((loss + auxiliary) / self.pieces).backward()
-            means = _mean_losses(moes)
-            names = list(means)
-            sums.append(torch.stack([loss.detach(), *means.values()]).double() / (self.pieces * world.size))
-            loads.append(torch.stack([_load(moe) for moe in moes]))
-            bytes_sent += sum(moe.traffic.bytes_sent() for moe in moes)
-        sent = torch.tensor([bytes_sent], device=world.device, dtype=torch.float64)
-        return names, torch.cat((torch.stack(sums).sum(0), sent)), torch.stack(loads).sum(0).double()
+        world = self.world
+        places = [piece * world.size + world.rank for piece in range(self.pieces)]
+        firsts = [step * self.recipe.batch + place * self.micro_batch for place in places]
+        try:
+            found = self._micro_batches.add_up([self._windows(order, first) for first in firsts])
+        except NotFiniteError as error:
+            raise Diverged(f"step {step + 1}: {error}") from error
+        sent = torch.tensor([found.bytes_sent], device=world.device, dtype=torch.float64)
+        return found.names, torch.cat((found.losses / world.size, sent)), found.loads.double()
+
+    def _windows(self, order: Order, first: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of a micro-batch that begins with a window."""
+        inputs, targets = order.batch(first, self.micro_batch)
+        return inputs.to(self.world.device), targets.to(self.world.device)
 
     def _not_finite(self) -> tuple[list[str], Tensor, Tensor]:
         """What :meth:`_backward` gives, of a rank whose router refused its input."""
@@ -169,15 +183,6 @@ class Learner:
         sums = torch.full((1 + len(names) + 1,), math.nan, device=device, dtype=torch.float64)
         loads = torch.zeros(len(moes), moes[0].config.num_experts, device=device, dtype=torch.float64)
         return names, sums, loads
-
-    def _loss(self, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
-        try:
-            with self.autocast():
-                logits = self.model(inputs)
-        except NotFiniteError as error:
-            raise Diverged(f"step {step + 1}: {error}") from error
-        wide = logits if logits.dtype == torch.float64 else logits.float()
-        return functional.cross_entropy(wide.flatten(0, 1), targets.flatten())
 
     def _reduce(self) -> Tensor:
         """Average gradients over ranks, clip them, give them to the optimizer, and return their norm before that."""
@@ -278,14 +283,3 @@ def _adamw(parameters: Any, recipe: Recipe, device: torch.device) -> torch.optim
     ]
     fused = device.type == "cuda"
     return torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, fused=fused)
-
-
-def _mean_losses(moes: list[MoE]) -> dict[str, Tensor]:
-    """Each auxiliary loss, mean over layers."""
-    return {name: torch.stack([moe.losses[name].detach() for moe in moes]).mean() for name in moes[0].losses}
-
-
-def _load(moe: MoE) -> Tensor:
-    """Tokens by expert of the last forward, ``[num_experts]``."""
-    assert moe.routing is not None, "no forward yet"
-    return moe.routing.load()

@@ -13,8 +13,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from adamac.moe.cost.machine import COLLECTIVES, Machine
-from adamac.moe.dispatch import DISPATCHERS, resolve
+from adamac.moe.dispatch import SENDERS, resolve
 from adamac.moe.lm.recipe import Recipe
+
+UNREAD = "static_gather"
+"""The dispatcher whose passes the host does not wait for, so that they can be captured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,13 +47,19 @@ class Sending:
             read = cls(**values)
         except TypeError as error:
             raise ValueError(f"no choice of a dispatcher: {error}") from None
-        if read.dispatcher not in DISPATCHERS:
-            raise ValueError(f"dispatcher must be one of {', '.join(DISPATCHERS)}, got {read.dispatcher!r}")
+        if read.dispatcher not in SENDERS:
+            raise ValueError(f"dispatcher must be one of {', '.join(SENDERS)}, got {read.dispatcher!r}")
         return read
 
 
 def choose_sending(
-    recipe: Recipe, ranks: int, tokens: int, machine: Machine | None = None, kept: Sequence[Sending] = ()
+    recipe: Recipe,
+    ranks: int,
+    tokens: int,
+    machine: Machine | None = None,
+    kept: Sequence[Sending] = (),
+    *,
+    capture: bool = False,
 ) -> Sending | None:
     """Choose how rows are sent in a run, or go on as it did before.
 
@@ -60,13 +69,16 @@ def choose_sending(
         tokens: That each of them routes at once.
         machine: What to go by; ``None``: what was kept or, if nothing was, bytes.
         kept: What was chosen when the run began, and later elsewhere.
+        capture: Whether micro-batches are to be captured, which takes a dispatcher that reads nothing; what was kept holds all the
+            same.
 
     Returns:
         The choice; ``None`` on one rank, where nothing is sent.
 
     Raises:
         ValueError: If the machine has nothing to choose here, does not know the fabric between so many ranks, or would have a
-            run go on with another dispatcher than it had; or the experts cannot be spread.
+            run go on with another dispatcher than it had, or is given to choose where ``capture`` has chosen; or the experts
+            cannot be spread.
     """
     if machine is not None:
         _check(machine, ranks)
@@ -75,7 +87,15 @@ def choose_sending(
     former = next((each for each in kept if (each.ranks, each.tokens) == (ranks, tokens)), None)
     if former is not None and machine is None:
         return former
-    found, reason = resolve(recipe.model(recipe.vocab).moe, ranks, machine=machine, tokens=tokens)
+    if former is None and capture and machine is not None:
+        raise ValueError(
+            f"--machine chooses how rows are sent to experts, and --capture takes {UNREAD}, the only way that reads nothing; "
+            "leave one of them out"
+        )
+    if former is None and capture:
+        found, reason = UNREAD, "asked for by --capture: the others read how many rows come"
+    else:
+        found, reason = resolve(recipe.model(recipe.vocab).moe, ranks, machine=machine, tokens=tokens)
     if former is None:
         chosen = Sending(dispatcher=found, ranks=ranks, tokens=tokens, reason=reason)
         return _anew(chosen, kept[-1]) if kept else chosen

@@ -68,6 +68,9 @@ class Watcher(Protocol):
     ) -> None:
         """Training begins; some steps may be done already. ``sending`` is how rows get to experts, ``None`` if all are here."""
 
+    def uncaptured(self, reason: str) -> None:
+        """Steps are not captured in a CUDA graph although that was asked for; known when training begins or after its first step."""
+
     def stepped(self, row: Row) -> None:
         """A step is done."""
 
@@ -78,6 +81,9 @@ class Silent:
     def begins(
         self, recipe: Recipe, corpus: Corpus, parameters: int, done: int, sending: Sending | None
     ) -> None:
+        """Say nothing."""
+
+    def uncaptured(self, reason: str) -> None:
         """Say nothing."""
 
     def stepped(self, row: Row) -> None:
@@ -114,6 +120,7 @@ def train(
     amp: bool | None = None,
     layout: LayoutName = "replicated",
     machine: Machine | None = None,
+    capture: bool = False,
 ) -> Result:
     """Train a model, or go on training it.
 
@@ -130,6 +137,9 @@ def train(
         machine: Constants that the dispatcher is chosen by, the same for every layer, where experts are divided among ranks;
             the first rank's count. ``None``: the one that a resumed run had on as many ranks or, if there is none, the
             simplest of those that send the fewest bytes.
+        capture: Record a micro-batch in a CUDA graph and replay it; where that cannot be, the watcher is told why, and the run
+            goes on uncaptured. A run may go on with the other. Where experts are divided, a run that begins with it sends rows
+            by ``static_gather``.
 
     Returns:
         What was reached; the same on all ranks.
@@ -144,8 +154,8 @@ def train(
     world = world or World()
     with world.listening():
         amp = world.device.type == "cuda" if amp is None else amp
-        learns = partial(Learner, recipe, world=world, dtype=dtype, amp=amp, layout=layout)
-        run = _begin(recipe, directory, resume, machine, world, learns)
+        learns = partial(Learner, recipe, world=world, dtype=dtype, amp=amp, layout=layout, capture=capture)
+        run = _begin(recipe, directory, resume, machine, capture, world, learns)
         return run.finish(watcher if watcher is not None and world.first else Silent())
 
 
@@ -154,6 +164,7 @@ def _begin(
     directory: Path,
     resume: bool,
     machine: Machine | None,
+    capture: bool,
     world: World,
     learns: Callable[..., Learner],
 ) -> _Run:
@@ -165,7 +176,12 @@ def _begin(
         begun = folder.is_begun(recipe, resume)
     sending = world.from_first(
         lambda: choose_sending(
-            recipe, world.expert_ranks, tokens, machine, folder.sendings() if begun else ()
+            recipe,
+            world.expert_ranks,
+            tokens,
+            machine,
+            folder.sendings() if begun else (),
+            capture=capture,
         )
     )
     try:
@@ -202,9 +218,11 @@ class _Run:
         recipe = self.recipe
         watcher.begins(recipe, self.corpus, self.learner.parameters, self.step, self.learner.sending)
         began = time.monotonic() - self.time_s
-        reached = None
+        reached, uncaptured = None, ""
         while self.step < recipe.steps:
+            uncaptured = self._told(watcher, uncaptured)
             update, seconds = self._update()
+            uncaptured = self._told(watcher, uncaptured)
             last = self.step == recipe.steps
             reached = self._evaluate() if last or self.step % recipe.eval_every == 0 else None
             self.time_s = time.monotonic() - began
@@ -218,6 +236,13 @@ class _Run:
         read = predicted(self.corpus, recipe.context, recipe.eval_tokens)
         unigram = unigram_bits_per_byte(self.corpus, read)
         return Result(self.step, reached, unigram, self.time_s, self.learner.parameters)
+
+    def _told(self, watcher: Watcher, before: str) -> str:
+        """Tell why steps are not captured, unless that was told before; and give it."""
+        reason = self.learner.uncaptured
+        if reason != before:
+            watcher.uncaptured(reason)
+        return reason
 
     def _update(self) -> tuple[Update, float]:
         began = time.monotonic()

@@ -115,14 +115,27 @@ class World:
             yield
         except (ValueError, OSError) as error:
             problem = error
-        said: list[str | None] = [None] * self.size
-        if self.control is not None:
-            dist.all_gather_object(said, None if problem is None else str(problem), group=self.control)
+        said = self._heard(None if problem is None else str(problem))
         if problem is not None:
             raise problem
         for rank, word in enumerate(said):
             if word is not None:
                 raise Left(f"rank {rank} stopped: {word}")
+
+    def agreed(self, reason: str) -> str:
+        """Let a reason of any rank hold for all: the first one's, with its rank where not all give it; empty if none has any."""
+        said = [word or "" for word in self._heard(reason)]
+        if len(set(said)) <= 1:
+            return reason
+        rank = next(rank for rank, word in enumerate(said) if word)
+        return f"{said[rank]} (rank {rank})"
+
+    def _heard(self, word: str | None) -> list[str | None]:
+        """What each rank says."""
+        said = [word] * self.size
+        if self.control is not None:
+            dist.all_gather_object(said, word, group=self.control)
+        return said
 
     def from_first(self, find: Callable[[], Found]) -> Found:
         """What the first rank finds without collectives, on all ranks.

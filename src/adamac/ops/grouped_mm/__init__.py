@@ -90,14 +90,12 @@ def torch_problem(rows: Tensor, weights: Tensor) -> str | None:
     return None
 
 
-def torch_waits(weights: Tensor) -> str | None:
-    """Say why PyTorch's grouped product with these waits for the device, or ``None`` if it does not."""
-    if weights.dtype != torch.bfloat16:
-        return (
-            f"in {weights.dtype} PyTorch loops over the experts and waits for the device; bfloat16 does not"
-        )
-    if weights.device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(weights.device)
+def torch_waits(dtype: torch.dtype, device: torch.device) -> str | None:
+    """Say why PyTorch's grouped product in a dtype waits for a device, or ``None`` if it does not."""
+    if dtype != torch.bfloat16:
+        return f"in {dtype} PyTorch loops over the experts and waits for the device; bfloat16 does not"
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
         if major not in (9, 10):
             return f"on compute capability {major}.{minor} PyTorch loops over the experts and waits for the device"
     return None
