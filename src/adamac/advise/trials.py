@@ -82,7 +82,7 @@ def try_elementwise(bench: Bench) -> Iterator[tuple[Work, Call]]:
         for hidden in bench.sizes.hidden[:2]:
             inner = bench.random(tokens * _TOP_K, hidden)
             yield (
-                activation(inner.numel(), config, bench.dtype.itemsize),
+                activation(inner.numel(), config, bench.dtype.itemsize, bench.impl),
                 lambda inner=inner: activate(inner, config.activation),
             )
 
@@ -107,7 +107,7 @@ def try_spread(bench: Bench) -> Iterator[tuple[Work, Call]]:
     for routing, rows in routings(bench):
         order, _ = by_expert(routing)
         yield (
-            _rows(bench, rows).spread(len(order.flat)),
+            _rows(bench, rows).spread(len(order.flat), len(rows)),
             lambda rows=rows, order=order: spread(rows, order),
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from adamac.moe import PRESETS, preset
-from adamac.moe.cost.work import Layer
+from adamac.moe.cost.work import Layer, activation
 from adamac.moe.timing import STAGES
 from adamac.moe.traffic import bytes_sent, flops_per_token, metadata_bytes
 
@@ -45,3 +45,26 @@ def test_moving_rows_costs_as_their_width():
         for name in ("fine_grained", "bigmac")
     )
     assert wide == 4 * narrow
+
+
+def test_kernels_read_a_row_once_however_often_it_is_copied():
+    (torch_bytes, kernel_bytes) = (
+        Layer(preset("fine_grained", 64, top_k=4), 8, 1, "local", 2, impl).work()["permute"][-1].nbytes
+        for impl in ("torch", "triton")
+    )
+    row = 64 * 2
+    assert torch_bytes == (8 * 4 + 8 * 4) * row
+    assert kernel_bytes == (8 + 8 * 4) * row
+
+
+def test_a_gate_is_one_more_reading_for_a_kernel_and_three_passes_for_plain_torch():
+    passes = {
+        (impl, gated, backward): activation(
+            1, preset("fine_grained", 64, gated=gated, activation="silu"), 1, impl, backward=backward
+        ).nbytes
+        for impl in ("torch", "triton")
+        for gated in (False, True)
+        for backward in (False, True)
+    }
+    assert [passes["triton", *way] for way in ((False, False), (False, True), (True, False), (True, True))] == [2, 3, 3, 5]  # fmt: skip
+    assert [passes["torch", *way] for way in ((False, False), (False, True), (True, False), (True, True))] == [2, 3, 5, 9]  # fmt: skip

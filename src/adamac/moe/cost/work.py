@@ -22,8 +22,10 @@ from adamac.moe.traffic import bytes_sent, copies_sent, metadata_bytes
 _SCORE_PASSES = 8
 # Bytes of a label and a place that are sorted.
 _SORTED_BYTES = 8
-# Reads and writes of an inner value by the activation, forward and backward.
-_ACTIVATION_PASSES = {"gelu": (2, 3), "relu": (2, 3), "silu": (2, 3), "relu2": (4, 6)}
+# Reads and writes of an inner value by the activation, forward and backward: by a kernel, which computes any of them at once; and
+# of plain torch the one that it takes two steps for, and what a gate adds.
+_ONE_PASS, _TWO_STEPS = (2, 3), (4, 6)
+_GATED = {"torch": (3, 6), "triton": (1, 2)}
 
 
 def product(rows: int, width_in: int, width_out: int, itemsize: int) -> Work:
@@ -50,11 +52,17 @@ def sorting(choices: float) -> Work:
     return Work("sort", nbytes=_SORTED_BYTES * choices)
 
 
-def activation(inner: float, config: MoEConfig, itemsize: int, *, backward: bool = False) -> Work:
-    """The activation of ``inner`` values, and for gated experts the product with as many others."""
-    passes = _ACTIVATION_PASSES[config.activation][backward]
+def activation(
+    inner: float, config: MoEConfig, itemsize: int, impl: RowsImpl, *, backward: bool = False
+) -> Work:
+    """The activation of ``inner`` values, and for gated experts the product with as many others.
+
+    Where kernels move rows, one computes this too.
+    """
+    two_steps = impl == "torch" and config.activation == "relu2"
+    passes = (_TWO_STEPS if two_steps else _ONE_PASS)[backward]
     if config.gated:
-        passes += 6 if backward else 3
+        passes += _GATED[impl][backward]
     return Work("elementwise", nbytes=passes * inner * itemsize)
 
 
@@ -70,14 +78,15 @@ class Rows:
     nbytes: int
     impl: RowsImpl
 
-    def spread(self, number: float) -> Work:
-        """Copy rows to so many places."""
-        return Work("spread", nbytes=2 * number * self.nbytes)
+    def spread(self, number: float, sources: float) -> Work:
+        """Copy so many rows to ``number`` places; a kernel reads each of them once."""
+        read = sources if self.impl == "triton" else number
+        return Work("spread", nbytes=(read + number) * self.nbytes)
 
     def gather(self, number: float, sums: float, *, weighted: bool = True, backward: bool = False) -> Work:
         """Add up rows, the same number in each sum; backward, the gradients of rows and weights."""
         if backward and not weighted:
-            return self.spread(number)
+            return self.spread(number, sums)
         once = sums if self.impl == "triton" else sums + (2 * number if weighted else 0)
         return Work("gather", nbytes=(number + once + (2 * number if backward else 0)) * self.nbytes)
 
@@ -86,7 +95,7 @@ class Rows:
     ) -> Work:
         """Add up rows, up to ``slots`` in each sum; plain torch visits the empty slots too."""
         if backward and not weighted:
-            return self.spread(number)
+            return self.spread(number, sums)
         visited = number + sums if self.impl == "triton" else slots * sums
         return Work("gather_partial", nbytes=(visited + (2 * number if backward else 0)) * self.nbytes)
 
@@ -153,7 +162,8 @@ class Layer:
             ],
             backward,
         )
-        stages["experts"].append(activation(arriving * config.ffn, config, size, backward=backward))
+        inner = activation(arriving * config.ffn, config, size, self.rows, backward=backward)
+        stages["experts"].append(inner)
         if config.latent is not None:
             stages["descend"] = _twice([product(tokens, config.hidden, config.latent, size)], backward)
             stages["ascend"] = _twice([product(tokens, config.latent, config.hidden, size)], backward)
@@ -168,7 +178,8 @@ class Layer:
                 ],
                 backward,
             )
-            stages["shared"].append(activation(tokens * config.shared_ffn, config, size, backward=backward))
+            inner = activation(tokens * config.shared_ffn, config, size, self.rows, backward=backward)
+            stages["shared"].append(inner)
             stages["ascend"].append(Work("elementwise", nbytes=3.0 * tokens * config.hidden * size))
         return stages
 
@@ -208,12 +219,13 @@ class Layer:
         gather = rows.gather(arriving, self.tokens, backward=backward)
         if backward:
             return [rows.gather(arriving, self.tokens, weighted=False)], [gather]
-        return [sorting(arriving), rows.spread(arriving)], [gather]
+        return [sorting(arriving), rows.spread(arriving, self.tokens)], [gather]
 
     def _all_to_all(self, rows: Rows, arriving: float, backward: bool) -> tuple[list[Work], list[Work]]:
         permute, collect = self._local(rows, arriving, backward)
         if min(self.ranks, self.config.num_experts // self.ranks) > 1:  # rows come rank by rank
-            regroup, ungroup = rows.spread(arriving), rows.gather(arriving, arriving, weighted=False)
+            regroup = rows.spread(arriving, arriving)
+            ungroup = rows.gather(arriving, arriving, weighted=False)
             permute = [*permute, regroup, ungroup, *([] if backward else [sorting(arriving)])]
         return permute, collect
 
@@ -230,14 +242,14 @@ class Layer:
             spread = rows.gather_partial(arriving, sent, slots, weighted=False)
             return [there, spread], [sums, home]
         sorts = [sorting(arriving), sorting(arriving)]  # by rank here, by expert over there
-        return [*sorts, rows.spread(sent), rows.spread(arriving)], [sums, home]
+        return [*sorts, rows.spread(sent, self.tokens), rows.spread(arriving, sent)], [sums, home]
 
     def _all_gather(self, rows: Rows, arriving: float, backward: bool) -> tuple[list[Work], list[Work]]:
         everybody = self.tokens * self.ranks
         sums = rows.gather_partial(arriving, everybody, self.config.top_k, backward=backward)
         if backward:
             return [rows.gather_partial(arriving, everybody, self.config.top_k, weighted=False)], [sums]
-        return [sorting(arriving * self.ranks), rows.spread(arriving)], [sums]
+        return [sorting(arriving * self.ranks), rows.spread(arriving, everybody)], [sums]
 
 
 _PAYLOAD: dict[str, tuple[Kind, Kind]] = {
