@@ -13,8 +13,10 @@ Row = dict[str, Any]
 
 
 def trained(rows: list[Row], model: str, fabric: str) -> dict[str, Row]:
-    """Training steps of a model on a fabric, by arm."""
-    found = [row for row in ok(rows, "moe_model") if row["work"] == "train"]
+    """Training steps of a model on a fabric, launched piece by piece, by arm."""
+    found = [
+        row for row in ok(rows, "moe_model") if row["work"] == "train" and not row.get("captured", False)
+    ]
     return {row["arm"]: row for row in found if (row["model"], row["fabric"]) == (model, fabric)}
 
 

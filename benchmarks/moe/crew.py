@@ -126,6 +126,12 @@ class Crew:
         return bool(self.agree(time.time() < self.deadline_s)[0])
 
 
+def refused(problem: str) -> dict[str, Any]:
+    """The row's entries of what was not timed: absent, wrong, or failed."""
+    kinds = {"AbsentError": "absent", "wrong": "wrong"}
+    return {"status": kinds.get(problem.split(":")[0], "error"), "reason": problem}
+
+
 def reason(error: BaseException) -> str:
     """An error in a line."""
     lines = str(error).strip().splitlines()

@@ -17,7 +17,7 @@ from . import bytes_sent
 from .arms import Arm, dispatchers, make_arms
 from .cases import BASELINE, COPY_PER_EXPERT, PRESETS, LayerCase
 from .check import problem_at_shape, truth
-from .crew import Crew
+from .crew import Crew, refused
 from .inputs import Inputs, make
 from .rivals import RIVALS
 from .turns import figures, turns
@@ -58,8 +58,8 @@ def measure(benchmark: str, case: LayerCase, crew: Crew, make_all: Callable[[Inp
     if case.rivals:
         arms, rows = _with_rivals(case, crew, arms)
     common |= _load(arms, inputs, crew)
-    arms, refused = _checked(case, crew, inputs, arms)
-    rows |= refused
+    arms, left_out = _checked(case, crew, inputs, arms)
+    rows |= left_out
     passes = {"forward": _forwards(arms, inputs), "forward_backward": _boths(arms, inputs)}
     for name, steps in passes.items():
         for arm, times in turns(steps, crew, case.budget_s / 2).items():
@@ -93,13 +93,8 @@ def _with_rivals(case: LayerCase, crew: Crew, arms: list[Arm]) -> tuple[list[Arm
         if problem is None:
             arms.append(arm)
         else:
-            rows[name] = _refused(problem)
+            rows[name] = refused(problem)
     return arms, rows
-
-
-def _refused(problem: str) -> Row:
-    kinds = {"AbsentError": "absent", "wrong": "wrong"}
-    return {"status": kinds.get(problem.split(":")[0], "error"), "reason": problem}
 
 
 def _load(arms: list[Arm], inputs: Inputs, crew: Crew) -> Row:
@@ -135,7 +130,7 @@ def _checked(
             if found is None:
                 good.append(arm)
             else:
-                rows[arm.name] = _refused(found)
+                rows[arm.name] = refused(found)
     return good, rows
 
 

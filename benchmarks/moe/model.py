@@ -1,7 +1,9 @@
 """Whole models with random weights: steps of training, prefill and decoding.
 
 A *training step* is one optimiser step of AdamW in bfloat16 on 16,384 tokens of each rank, in four micro-batches, gradients added over
-the ranks once: the paper's half a million tokens on 32 GPUs. *Prefill* reads a prompt; a *decoding step* adds a token to
+the ranks once: the paper's half a million tokens on 32 GPUs. Beside the dispatchers launched piece by piece stands one whose
+micro-batches are replayed from a CUDA graph, as ``adamac moe train --capture`` does: ``local`` on one rank, ``static_gather`` on several.
+It is timed captured or not at all; what it holds between steps is ``held_gib``, its gradients not counted. *Prefill* reads a prompt; a *decoding step* adds a token to
 every text of a batch, keys and values kept. Steps are timed in two ways: ``growing`` reads what there is, launched piece by
 piece; ``static`` is what ``generate`` does where all experts are on one rank, the same step for each token, captured in a CUDA
 graph where ``captured`` says so. Rows of former runs, which do not say, are growing ones. Every rank has texts of its own. Routing is what random weights make of random
@@ -20,19 +22,21 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.nn import functional
 
 from adamac.moe import PAPER_MODELS, preset
 from adamac.moe.dispatch import choose
 from adamac.moe.lm.cache import Cache
 from adamac.moe.lm.decoding import Decoder
+from adamac.moe.lm.micro_batch import MicroBatches
 from adamac.moe.lm.model import GPT, GPTConfig
+from adamac.moe.lm.sending import UNREAD
 from adamac.moe.parallel import average_gradients, expert_mesh
 from adamac.moe.presets import PaperModel
 
 from .arms import dispatchers, name_of
 from .cases import BASELINE, COPY_PER_EXPERT, PRESETS, ModelCase
-from .crew import Crew
+from .crew import Crew, refused
+from .rivals import AbsentError
 from .turns import figures, turns
 
 Row = dict[str, Any]
@@ -44,6 +48,8 @@ _TEXTS, _PIECES = 2, 4
 _DECODE_STEPS = 64
 # Texts that are decoded at once on each rank.
 _BATCHES = (1, 16)
+# What an arm's name ends with where micro-batches are replayed.
+_CAPTURED = ", captured"
 
 
 @dataclass(frozen=True)
@@ -52,10 +58,11 @@ class _Arm:
     dispatcher: str
     model: GPT
     crew: Crew
+    captured: bool = False
 
     @property
     def name(self) -> str:
-        return name_of(self.preset, self.dispatcher)
+        return name_of(self.preset, self.dispatcher) + _CAPTURED * self.captured
 
     def take(self) -> GPT:
         """The model, sending its rows this arm's way."""
@@ -97,6 +104,9 @@ def _arms(case: ModelCase, crew: Crew) -> list[_Arm]:
         with crew.device, _default_dtype(crew.dtype):
             model = GPT(config, group=crew.group)
         arms += [_Arm(preset_name, name, model, crew) for name in names]
+        if case.work == "train":
+            unread = "local" if crew.ranks == 1 else UNREAD
+            arms.append(_Arm(preset_name, unread, model, crew, captured=True))
     return arms
 
 
@@ -109,29 +119,64 @@ def _train(case: ModelCase, crew: Crew, common: Row, arms: list[_Arm]) -> None:
     mesh = expert_mesh(crew.ranks, crew.device.type) if crew.ranks > 1 else None
     fused = crew.device.type == "cuda"
     optimisers = {arm.preset: torch.optim.AdamW(arm.model.parameters(), lr=1e-5, fused=fused) for arm in arms}
-    steps: dict[str, Callable[[], float]] = {
-        arm.name: lambda arm=arm: _step(arm.take(), optimisers[arm.preset], ids, mesh) for arm in arms
-    }
+    batches = [(piece[:, :-1].contiguous(), piece[:, 1:].contiguous()) for piece in ids]
+    steps = {arm.name: _Steps(arm, optimisers[arm.preset], batches, mesh) for arm in arms}
     common |= {"work": "train", "context": paper.context, "tokens": tokens, "layers": paper.layers}
-    steps, rows = _warm(steps, crew)
-    times = turns(steps, crew, case.budget_s, inner=1, untimed=0)
+    good, rows = _warm(steps, crew)
+    for name in rows:
+        rows[name] |= steps[name].capture()
+    times = turns(good, crew, case.budget_s, inner=1, untimed=0)
     _hand_out(crew, common, arms, rows, times, tokens * crew.ranks)
 
 
-def _step(model: GPT, optimiser: torch.optim.Optimizer, ids: Tensor, mesh: DeviceMesh | None) -> float:
-    """One optimiser step; returns its loss, which waits for the device."""
-    optimiser.zero_grad(set_to_none=True)
-    losses = []
-    for piece in ids:
-        logits = model(piece[:, :-1])
-        loss = functional.cross_entropy(logits.float().flatten(0, 1), piece[:, 1:].flatten())
-        auxiliary = torch.stack([moe.auxiliary_loss() for moe in model.moes]).sum()
-        ((loss + auxiliary) / len(ids)).backward()
-        losses.append(loss.detach())
-    if mesh is not None:
-        average_gradients(model, mesh)
-    optimiser.step()
-    return torch.stack(losses).mean().item()
+class _Steps:
+    """Optimiser steps of one arm."""
+
+    def __init__(
+        self,
+        arm: _Arm,
+        optimiser: torch.optim.Optimizer,
+        batches: list[tuple[Tensor, Tensor]],
+        mesh: DeviceMesh | None,
+    ) -> None:
+        self.arm, self.optimiser, self.batches, self.mesh = arm, optimiser, batches, mesh
+        model = arm.take()  # whether it can be captured depends on how it sends
+        self.micro_batches = MicroBatches(
+            model,
+            model.parameters(),
+            pieces=len(batches),
+            capture=arm.captured,
+            agree=partial(_agreed, arm.crew),
+        )
+
+    def __call__(self) -> float:
+        """One step; returns its loss, which waits for the device."""
+        model, micro_batches = self.arm.take(), self.micro_batches
+        if problem := self._problem():
+            raise AbsentError(problem)
+        losses = micro_batches.add_up(self.batches).losses
+        if self.arm.captured and not micro_batches.captured:
+            raise RuntimeError(micro_batches.reason)
+        if self.mesh is not None:
+            average_gradients(model, self.mesh)
+        self.optimiser.step()
+        return losses[0].item()
+
+    def capture(self) -> Row:
+        """Whether steps were captured; what they allocate on top of what is held says nothing then."""
+        if not self.micro_batches.captured:
+            return {"captured": False}
+        return {"captured": True, "peak_gib": None, "held_gib": self.micro_batches.held_bytes / 2**30}
+
+    def _problem(self) -> str:
+        """What is in the way of capturing on any rank."""
+        new = self.arm.captured and not self.micro_batches.captured
+        return _agreed(self.arm.crew, self.micro_batches.reason) if new else ""
+
+
+def _agreed(crew: Crew, reason: str) -> str:
+    """A reason that any rank has, on all of them."""
+    return next((word for word in crew.agree(reason) if word), "")
 
 
 def _serve(case: ModelCase, crew: Crew, common: Row, arms: list[_Arm]) -> None:
@@ -242,7 +287,7 @@ def _warm(
             good[name] = step
             rows[name] = {"status": "ok", "peak_gib": peak, "value": value}
         else:
-            rows[name] = {"status": "error", "reason": problem}
+            rows[name] = refused(problem)
     return good, rows
 
 
@@ -280,7 +325,11 @@ def _hand_out(
             found = figures(times[arm.name])
             row |= found | {"tokens_per_s": 1e3 * tokens / found["p50_ms"]}
     timed = [row for row in rows.values() if "p50_ms" in row]
-    baseline = {row["dispatcher"]: row["p50_ms"] for row in timed if row["preset"] == BASELINE}
+    baseline = {
+        row["dispatcher"] + _CAPTURED * (common["work"] == "train" and row["captured"]): row["p50_ms"]
+        for row in timed
+        if row["preset"] == BASELINE
+    }
     for row in timed:
         copies = baseline.get(COPY_PER_EXPERT, baseline.get("local"))
         if baseline:

@@ -11,8 +11,8 @@ from dataclasses import replace
 import pytest
 import torch
 from benchmarks.moe import arms as arms_module
-from benchmarks.moe import bytes_sent, check, layer, rivals
-from benchmarks.moe.cases import FABRICS, PARTS, Fabric, LayerCase, cases
+from benchmarks.moe import bytes_sent, check, layer, model, rivals
+from benchmarks.moe.cases import FABRICS, PARTS, Fabric, LayerCase, ModelCase, cases
 from benchmarks.moe.crew import Crew, LeftBehindError
 from benchmarks.moe.inputs import make
 from benchmarks.moe.launch import Order, _verdict, carry_out
@@ -22,6 +22,7 @@ from benchmarks.moe.summary import predictions, tables
 
 from adamac.moe import Router, Routing, preset
 from adamac.moe.cost import machine_of, predict
+from adamac.moe.lm import micro_batch
 
 TINY = LayerCase(hidden=64, top_k=2, num_experts=8, tokens=64, budget_s=0.0)
 OURS = [
@@ -81,7 +82,7 @@ def test_a_rehearsal_of_whole_models_on_one_rank(tmp_path):
         fabrics=("none",),
         parts=("cost", "kernels", "launches", "train", "serve"),
     )
-    found = run(options, say=silent)
+    found = [row for row in run(options, say=silent) if not row.get("arm", "").endswith(", captured")]
     assert {row["status"] for row in found} == {"ok"}
     pieces = [(row["preset"], row["kernel"]) for row in found if row["benchmark"] == "moe_kernels"]
     experts = ("experts", "up", "activation", "down", "spread", "gathered")
@@ -109,6 +110,45 @@ def test_a_rehearsal_of_whole_models_on_one_rank(tmp_path):
         "| decode, static, not captured (the model is on cpu, and CUDA graphs are for GPUs), batch 16"
         in tables(rows)
     )
+
+
+@pytest.mark.parametrize(
+    ("fabric", "unread", "others"),
+    [("none", "local", {"local"}), ("gloo", "static_gather", {"all_to_all", "per_rank", "all_gather"})],
+)
+def test_training_that_could_not_be_captured_is_a_row_with_the_reason_and_not_timed(
+    tmp_path, fabric, unread, others
+):
+    options = Run(plan="tiny", out=tmp_path / "rows.jsonl", fabrics=(fabric,), parts=("train",))
+    rows = run(options, say=silent)
+    for side in ("fine_grained", "bigmac"):
+        own = [row for row in rows if row.get("preset") == side]
+        *plain, captured = own
+        assert {row["dispatcher"] for row in plain} == others
+        assert all(row["status"] == "ok" and not row["captured"] and row["loss"] > 0 for row in plain)
+        assert captured["arm"] == f"{side}/{unread}, captured"
+        assert (captured["status"], captured["captured"]) == ("absent", False)
+        assert captured["reason"] == "AbsentError: the model is on cpu, and CUDA graphs are for GPUs"
+        assert "p50_ms" not in captured
+    assert f"{unread}, captured absent: AbsentError: the model is on cpu" in tables(read(options.out))
+
+
+def test_what_is_captured_is_compared_with_the_best_of_both(alone, monkeypatch):
+    """As on a GPU, but unrecorded."""
+    monkeypatch.setattr(micro_batch, "obstacle", lambda *given, **more: "")
+    monkeypatch.setattr(micro_batch.MicroBatches, "captured", property(lambda own: own._replayed is not None))
+    model.run(ModelCase("tiny", 2, budget_s=0.1), alone)
+    found = handed_out(alone)
+    assert [row["captured"] for row in found.values()] == [False, True] * 2
+    assert {row["status"] for row in found.values()} == {"ok"}
+    sides = [found[f"fine_grained/local{way}"]["p50_ms"] for way in ("", ", captured")]
+    own = found["bigmac/local, captured"]
+    assert own["over_best_baseline"] == pytest.approx(min(sides) / own["p50_ms"])
+    assert own["over_copy_per_expert"] == pytest.approx(sides[0] / own["p50_ms"])
+    assert own["peak_gib"] is None
+    assert own["held_gib"] == 0
+    # Steps of arms of a side change the same weights, whichever of them takes them.
+    assert found["bigmac/local, captured"]["loss"] < found["bigmac/local"]["loss"]
 
 
 def test_what_the_cost_model_says_stands_beside_what_was_measured(tmp_path):

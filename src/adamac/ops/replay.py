@@ -33,12 +33,13 @@ class Replayed:
 
     Attributes:
         problem: Why calls are plain on a GPU, in a line; empty as long as nothing went wrong.
+        held_bytes: Memory of the device that recordings keep for what they compute in between.
     """
 
     def __init__(self, function: Callable[..., tuple[torch.Tensor, ...]]) -> None:
         self._function = function
         self._recorded: dict[tuple, tuple] = {}
-        self.problem = ""
+        self.problem, self.held_bytes = "", 0
 
     @property
     def recorded(self) -> bool:
@@ -89,12 +90,15 @@ class Replayed:
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool, stream=aside, capture_error_mode="thread_local"):
+            before = torch.cuda.memory_reserved()
             outputs = self._function(*places)
+            self.held_bytes += torch.cuda.memory_reserved() - before
         return graph, places, outputs
 
     def _give_up(self, stream: torch.cuda.Stream, pool: torch.cuda._POOL_HANDLE) -> None:
         """Undo what a broken recording leaves behind: its stream, its memory and its random numbers."""
         self._recorded.clear()  # they draw from the generator that is replaced here
+        self.held_bytes = 0
         torch.cuda.set_stream(stream)
         with contextlib.suppress(RuntimeError):  # raised if the recording has ended after all
             torch._C._cuda_endAllocateToPool(stream.device_index, pool)

@@ -1,6 +1,7 @@
 """What a micro-batch computes: losses, and gradients added to those of the ones before; on a GPU it can be replayed.
 
-A micro-batch is hundreds of launches a layer from Python, forward and backward, and a small one leaves the device waiting for them.
+A micro-batch is a hundred launches or more for each layer from Python, forward and backward, and a small one leaves the device
+waiting for them.
 Where it is captured, all of it is recorded once as a CUDA graph, and from then on it costs the host one launch. What is computed
 is one function, recorded or not, so that a run may go on with either.
 
@@ -86,6 +87,11 @@ class MicroBatches:
     def captured(self) -> bool:
         """Whether micro-batches are replayed from a CUDA graph; not before the first update."""
         return self._replayed is not None and self._replayed.recorded
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory of the device that the recording keeps; gradients, which stay where they are as well, not counted."""
+        return 0 if self._replayed is None else self._replayed.held_bytes
 
     def add_up(self, batches: Sequence[tuple[Tensor, Tensor]]) -> Found:
         """Compute the gradients of an update; those of the one before are gone.
