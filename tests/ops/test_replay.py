@@ -16,6 +16,8 @@ def test_on_a_processor_a_function_is_just_called():
     x = torch.randn(3)
     assert torch.equal(step(x)[0], x + 1)
     assert (len(calls), step.problem) == (1, "")
+    step.record(x)
+    assert (len(calls), step.recorded, step.held_bytes) == (1, False, 0)
 
 
 @needs_gpu
@@ -25,6 +27,23 @@ def test_a_recorded_step_follows_its_inputs():
         x = torch.randn(size, device="cuda")
         torch.testing.assert_close(step(x)[0], x.square().sum())
     assert step.problem == ""
+
+
+@needs_gpu
+def test_what_was_recorded_beforehand_writes_once_a_call():
+    total, x = torch.zeros(2**20, device="cuda"), torch.randn(2**20, device="cuda")
+
+    def add(x):
+        total.add_(x.square())
+        return (total.sum(),)
+
+    step = Replayed(add)
+    step.record(x)
+    assert step.recorded, step.problem
+    assert step.held_bytes > 0
+    total.zero_()
+    step(x), step(x)
+    torch.testing.assert_close(total, 2 * x.square())
 
 
 @needs_gpu

@@ -1,9 +1,8 @@
 """What a micro-batch computes: losses, and gradients added to those of the ones before; on a GPU it can be replayed.
 
-A micro-batch is a hundred launches or more for each layer from Python, forward and backward, and a small one leaves the device
-waiting for them.
-Where it is captured, all of it is recorded once as a CUDA graph, and from then on it costs the host one launch. What is computed
-is one function, recorded or not, so that a run may go on with either.
+A micro-batch is a hundred launches or more for each layer, forward and backward, from Python; a small one leaves the device
+waiting for them. Where it is captured, all of it is recorded once as a CUDA graph, and from then on it costs the host one launch.
+What is computed is one function, recorded or not, so that a run may go on with either.
 
 What a recording asks of that function: it waits for nothing, casts weights anew each time, adds gradients to memory that stays
 where it is, and says by its value all that Python would have kept in attributes. It runs a few times before it is recorded, so
