@@ -49,7 +49,7 @@ for way in ACTIVATIONS:
     for gated in (False, True):
         values = dict.fromkeys(("inner", "out", "wanted", "found"), "*bf16") | {"rows": "*i32"}
         shape = {"ACTIVATION": way, "GATED": gated, "COUNTED": True, "ROWS": 8, "COLUMNS": 1024}
-        for kernel in (activation._activate, activation._gradient):
+        for kernel in (activation._activation, activation._activation_gradient):
             code = compiled(kernel, values, **shape)
             assert "ld.global.v4" in code and "ld.global.b16" not in code, "not read in pieces of 16 bytes"
             assert "st.global.v4" in code and "st.global.b16" not in code, "not written in pieces of 16 bytes"

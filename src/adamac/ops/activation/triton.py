@@ -29,7 +29,7 @@ def activate(inner: Tensor, activation: str, gated: bool, rows: Tensor | None) -
     if out.numel():
         tile = tile_of(inner, gated)
         with torch.cuda.device_of(inner):  # Triton launches on the current device
-            _activate[_grid(out, tile)](
+            _activation[_grid(out, tile)](
                 inner.contiguous(),
                 out,
                 out if rows is None else rows,
@@ -49,7 +49,7 @@ def gradient(inner: Tensor, wanted: Tensor, activation: str, gated: bool, rows: 
     if found.numel():
         width, tile = wanted.shape[-1], tile_of(inner, gated)
         with torch.cuda.device_of(inner):
-            _gradient[_grid(wanted, tile)](
+            _activation_gradient[_grid(wanted, tile)](
                 inner.contiguous(),
                 wanted.contiguous(),
                 found,
@@ -79,7 +79,7 @@ def _grid(answers: Tensor, tile: dict[str, Any]) -> tuple[int]:
 
 
 @triton.jit(do_not_specialize=["total"])
-def _activate(
+def _activation(
     inner,
     out,
     rows,
@@ -104,7 +104,7 @@ def _activate(
 
 
 @triton.jit(do_not_specialize=["total"])
-def _gradient(
+def _activation_gradient(
     inner,
     wanted,
     found,
