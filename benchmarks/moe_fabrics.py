@@ -74,8 +74,8 @@ def nvlink_words(rows: list[Row]) -> str:
         f"fastest for both sides ({gathered[0]:.2f} and {gathered[1]:.2f} ms). Both are at the host's floor: a layer with nothing to do takes "
         f"{least['all_gather']:.2f} ms. By copies the baseline keeps the device busy ({busy[copies[0]]:.2f} of {copied[0]:.2f} ms) and BigMac no "
         f"longer does ({busy[copies[1]]:.2f} of {copied[1]:.2f} ms; its floor is {least[COPY_PER_EXPERT]:.2f}). A faster host alone would not do at "
-        f"two ranks: the model says {by_copies:.2f} by copies and {best:.2f} between the best if it were never waited for. Next: the host "
-        "(below), then four and eight ranks."
+        f"two ranks: the model says {by_copies:.2f} by copies and {best:.2f} between the best if it were never waited for. [Replayed](#replayed-from-a-cuda-graph) "
+        "it is not waited for."
     )
 
 
@@ -89,7 +89,7 @@ def shm_words(rows: list[Row]) -> str:
     return (
         f"**Shared memory** (targets 3 and 2). By copies BigMac would have to take {wide / 3:.2f} ms against the baseline's {wide:.2f}; it takes "
         f"{narrow:.2f}, and the host's floor is {least[COPY_PER_EXPERT]:.2f}. Between the best, {sent[0]:.0f} MiB become {sent[1]:.0f}, but both "
-        f"gathers end at the host again ({times[0]:.2f} and {times[1]:.2f} ms; floor {least['all_gather']:.2f}). Next: the host."
+        f"gathers end at the host again ({times[0]:.2f} and {times[1]:.2f} ms; floor {least['all_gather']:.2f}). [Replayed](#replayed-from-a-cuda-graph) they do not."
     )
 
 
@@ -105,8 +105,8 @@ def host_words(rows: list[Row], former: list[Row]) -> str:
         f"launches in {new:.2f} ms are {1e3 * new / counts[1]:.0f} to {1e3 * new / counts[0]:.0f} µs each, several times what a launch alone takes "
         "([below](#what-a-launch-costs-the-host)). Over NVLink sixteen times the tokens still take "
         f"only {min(more.values()):.0%} to {more[most]:.0%} more time (most for {most}, for whose messages the device waits; both cases came late in "
-        "the run, when the host was slower than for the case of the targets). Next: "
-        "captured or compiled stretches between its reads, as decoding has them."
+        "the run, when the host was slower than for the case of the targets). So there is now [a way without the read](#replayed-from-a-cuda-graph), "
+        "which can be captured whole."
     )
 
 

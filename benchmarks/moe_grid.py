@@ -314,7 +314,7 @@ def thinned(row: Row) -> Row:
     for name in PASSES:
         if isinstance(kept.get(name), dict):
             kept[name] = {what: value for what, value in kept[name].items() if what in _FEW}
-    if "bytes" in kept:
+    if isinstance(kept.get("bytes"), dict):  # of a layer; a kernel has one number
         kept["bytes"] = {
             name: {what: entry[what] for what in ("payload", "equal")}
             for name, entry in kept["bytes"].items()

@@ -3,7 +3,7 @@
     python -m benchmarks.moe_page
 
 Words that judge are here too, so that a figure can never be quoted beside an older page: by fabric in `moe_fabrics`, of kernels in
-`moe_profile`, of whole models in `moe_steps`, of other shapes in `moe_grid`, of the cost model in `moe_foreseen` and `moe_grid_cost`,
+`moe_profile`, of whole models in `moe_steps`, of what is replayed in `moe_captured`, of other shapes in `moe_grid`, of the cost model in `moe_foreseen` and `moe_grid_cost`,
 of quality in `moe_quality_page`.
 """
 
@@ -20,7 +20,7 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
-from . import moe_foreseen, moe_grid, moe_grid_cost, moe_quality_page, moe_ranks, moe_serving
+from . import moe_captured, moe_foreseen, moe_grid, moe_grid_cost, moe_quality_page, moe_ranks, moe_serving
 from .gpu_charts import save
 from .gpu_page import ROOT, table
 from .moe.rows import read
@@ -64,6 +64,8 @@ class Later:
         grid: Layers of other shapes.
         uneven: Those of them that were routed unevenly in a run of its own.
         ranks: Layers and training steps on two ranks and on four.
+        captured: Layers that are replayed from a CUDA graph, kernels and profiles of the same commit.
+        training: Training steps whose micro-batches are.
         rivals: Other packages through shared memory.
         models: Whole models; of these rows the page has the training steps.
         serving: Prefill and decoding.
@@ -74,6 +76,8 @@ class Later:
     grid: list[Row]
     uneven: list[Row]
     ranks: list[Row]
+    captured: list[Row]
+    training: list[Row]
     rivals: list[Row]
     models: list[Row]
     serving: list[Row]
@@ -107,7 +111,7 @@ def quality() -> list[Row]:
 
 def later() -> Later:
     """Rows of the runs after the last whole one."""
-    names = ("grid", "grid_uneven", "ranks", "rivals", "models", "serving", "layouts")
+    names = ("grid", "grid_uneven", "ranks", "captured", "training", "rivals", "models", "serving", "layouts")
     files = [*(f"moe_{name}" for name in names), "launch_cost"]
     return Later(*(read(RESULTS / "h200" / f"{name}.jsonl") for name in files))
 
@@ -159,6 +163,7 @@ def parts_of_targets(rows: list[Row], former: list[Row], new: Later) -> list[str
         verdict_words(rows),
         moe_grid.verdict_words(new.grid),
         moe_ranks.verdict_words(new.ranks),
+        moe_captured.verdict_words(new.captured, new.training),
     ]
 
 
@@ -167,9 +172,9 @@ def parts_of_layers(rows: list[Row], former: list[Row], new: Later) -> list[str]
     return [
         "## Where a forward pass's time goes on the device",
         "Kernels of one pass by what they are for, XL top-8, 16,384 tokens on each rank. A kernel that sends also waits for the "
-        "other rank, and is counted with the wait.",
-        kind_table(rows),
-        one_gpu_words(rows),
+        f"other rank, and is counted with the wait. By a later run at commit `{new.captured[-1]['commit']}` (`h200/moe_captured.jsonl`).",
+        kind_table([*rows, *new.captured]),
+        one_gpu_words([*rows, *new.captured], rows),
         nvlink_words(rows),
         shm_words(rows),
         "## The host",
@@ -181,6 +186,8 @@ def parts_of_layers(rows: list[Row], former: list[Row], new: Later) -> list[str]
         "### What a launch costs the host",
         cost_words(new.launching),
         cost_table(new.launching),
+        "## Replayed from a CUDA graph",
+        moe_captured.section(new.captured),
         "## Other widths, ratios and numbers of experts a token",
         moe_grid.section(new.grid, new.uneven, rows),
         "## Four ranks",
@@ -206,6 +213,8 @@ def parts_of_models(rows: list[Row], new: Later) -> list[str]:
         ),
         training_words(new.models, rows),
         step_table(new.models, rows),
+        "### Replayed micro-batches",
+        moe_captured.training_section(new.training),
         "### A model whole on every rank, or in shares",
         layout_words(new.layouts),
         layout_table(new.layouts),
@@ -231,7 +240,7 @@ def parts_of_everything(rows: list[Row], new: Later) -> list[str]:
         *(kernels(fabric, own) for fabric, own in by_fabric(rows)),
         "## Collectives",
         *(collectives(fabric, own) for fabric, own in by_fabric(rows)),
-        problems([*rows, *new.models, *new.serving]),
+        problems([*rows, *new.models, *new.serving, *new.captured, *new.training]),
         "Not part of these runs: the fused activation ([measured before](decisions/activation-stays-apart.md)), other numbers of experts than 64, "
         "widths above 4,096, more than four ranks.",
     ]
@@ -255,6 +264,8 @@ def compared(rows: list[Row], former: list[Row], new: Later) -> Iterable[list[st
         line = found if found[-1] != "not measured" else against.get(found[0], found)
         before = [_found(run[line[0]]) for run in (then, first) if line[0] in run and run[line[0]] != line]
         yield [*line, ", then ".join(text for text in before if text) or "-"]
+    for line in moe_captured.target_lines(new.captured, new.training):
+        yield [*line, "-"]
     for line in moe_ranks.target_lines(new.ranks):
         yield [*line, "-"]
     for what, line in zip(("bytes", "cost model"), target_lines(ok(new.grid, "moe_layer"))[-2:], strict=True):

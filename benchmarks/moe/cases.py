@@ -252,18 +252,20 @@ def cases(
         pieces.append(launches)
         if alone and "fused" in parts:
             pieces += [replace(case, experts="fused") for case in (*pieces[-2:-1], launches)]
-    if "captured" in parts:
-        pieces += _captured(plan, fabric)
+    captured = _captured(plan, fabric) if "captured" in parts else []
     models = _models(plan, fabric, parts)
     early, late = (models, []) if plan == "quick" else ([], models)
-    wanted = [
-        case
-        for case in _layers(plan, fabric, rivals="rivals" in parts)
-        if (not hidden or case.hidden in hidden)
-        and (not top_k or case.top_k in top_k)
-        and (not ratio or case.ratio in ratio)
-        and (not routing or case.routing in routing)
-    ]
+
+    def asked(case: LayerCase) -> bool:
+        return (
+            (not hidden or case.hidden in hidden)
+            and (not top_k or case.top_k in top_k)
+            and (not ratio or case.ratio in ratio)
+            and (not routing or case.routing in routing)
+        )
+
+    pieces += filter(asked, captured)
+    wanted = list(filter(asked, _layers(plan, fabric, rivals="rivals" in parts)))
     if "layer" not in parts:
         wanted = [case for case in wanted if case.rivals]
     # Those of the targets first: as many as the quick plan has without rivals.

@@ -61,7 +61,7 @@ def shape(wide: float, narrow: float, **changes) -> list[dict]:
     ],
 )
 def test_a_target_is_judged_by_the_best_way_of_either_side(wide, narrow, ratio, verdict):
-    (line,) = target_lines(shape(wide, narrow))
+    (line,) = target_lines(shape(wide, narrow), [])
     assert line == [
         "layer, XL top-8, best way, replaying too, shm",
         "≥ 2 ×",
@@ -73,5 +73,5 @@ def test_a_target_is_judged_by_the_best_way_of_either_side(wide, narrow, ratio, 
 
 def test_other_ranks_routings_and_shapes_are_no_target_and_a_side_that_was_not_replayed_is_no_layer():
     for changes in ({"ranks": 4}, {"routing": "trained_like"}, {"hidden": 1024}, {"top_k": 4}):
-        assert target_lines(shape(1.8, 0.9, **changes)) == []
+        assert target_lines(shape(1.8, 0.9, **changes), []) == []
     assert layers([row for row in shape(1.8, 0.9) if row["arm"] != "bigmac/static_gather, captured"]) == []
