@@ -185,6 +185,17 @@ def _static_and_announced(rank: int, config: MoEConfig, chunks: int) -> dict[str
     return {"worst": max(_largest(a - b) for a, b in pairs), "reads": reads}
 
 
+def static_lengths(rank: int, cases: list[tuple[MoEConfig, int]]) -> list[list[int]]:
+    """Rows of what experts are given, chunk by chunk, by a dispatcher of static shapes; every rank has 12 tokens."""
+    found = []
+    for config, chunks in cases:
+        layer, lengths = MoE(config, "static_gather", dist.group.WORLD, chunks=chunks), []
+        layer.experts.register_forward_pre_hook(lambda _, given, to=lengths: to.append(len(given[0])))
+        layer(torch.randn(12, config.hidden))
+        found.append(lengths)
+    return found
+
+
 @contextmanager
 def reads_counted():
     """Note who asks for numbers of a tensor, which on a GPU waits for the device; the experts, whose loop on a CPU does, aside."""

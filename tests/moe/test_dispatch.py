@@ -8,6 +8,7 @@ from on_ranks import (
     layer_errors,
     order_of_arrival,
     static_and_announced,
+    static_lengths,
     ways_of_training,
     worst_errors,
     worst_errors_by_kernels,
@@ -81,6 +82,25 @@ def test_a_layer_of_static_shapes_equals_one_that_announces_and_reads_nothing(ra
         assert max(each["worst"] for each in found) < 1e-12
         for each in found:
             assert each["reads"] == {"all_gather": ["tolist"], "static_gather": []}
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_static_shapes_have_room_for_what_may_come_and_no_more(ranks):
+    local, many = 8 // ranks, {**SMALL, "top_k": 6}
+    cases = [
+        (preset("bigmac", **SMALL), 1),
+        (preset("bigmac", **many), 1),
+        (preset("bigmac", **SMALL, capacity=0.3), 1),
+        (preset("bigmac", **SMALL, capacity=0.3), 3),
+    ]
+    whole, chunk = ranks * 12, ranks * 4
+    expected = [
+        [whole * min(3, local)],
+        [whole * local],  # a token has at most that many experts here
+        [ranks * local * 2],  # of each rank an expert takes two tokens
+        [min(chunk * min(3, local), ranks * local * 2)] * 3,  # which may be in one chunk
+    ]
+    assert run_ranks(static_lengths, ranks, cases) == [expected] * ranks
 
 
 def test_rows_are_waited_for_last():

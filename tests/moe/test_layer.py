@@ -318,6 +318,9 @@ def test_a_layer_says_why_a_pass_waits_for_the_device():
     assert limited.waits() is None
     limited.dispatcher = SimpleNamespace(reads=True)
     assert "which reads how many there are" in limited.waits()
+    timed = MoE(bigmac, dtype=torch.bfloat16)
+    timed.clock = StageClock()
+    assert "stages are timed (StageClock)" in timed.waits()
 
 
 @pytest.mark.parametrize(
@@ -341,3 +344,17 @@ def test_a_routing_to_experts_that_do_not_exist_is_refused(wrong):
     routing = Routing(torch.tensor([[0, wrong], [1, 2]]), torch.ones(2, 2), 8)
     with pytest.raises(ValueError, match=f"a routing names experts 0 to 7; got {wrong}"):
         MoE(preset("bigmac", 64, 8, 2))(torch.randn(2, 64), routing)
+
+
+def test_a_routing_that_buffers_would_be_too_short_for_is_refused():
+    made, x = MoE(preset("bigmac", 64, 8, 2, capacity=0.5)), torch.randn(12, 64)
+    made(x)
+    dropping = made.routing
+    assert dropping.room == 2
+    made(x, dropping)  # keeps what it says
+    with pytest.raises(ValueError, match=r"no expert takes more than 2 tokens \(room\); got \d+ for one"):
+        made(x, replace(dropping, dropped=None))
+    made(x, replace(dropping, dropped=None, room=None))
+    twice = Routing(torch.tensor([[0, 1], [3, 3]]), torch.ones(2, 2), 8)
+    with pytest.raises(ValueError, match="different experts for a token; got one of them twice"):
+        made(x[:2], twice)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 
 from adamac.moe import MoEConfig, Router, Routing
 from adamac.moe.rows import by_expert, by_label, by_run, gathered, spread
+from adamac.moe.rows import triton as kernels
 from adamac.ops.launch import interpreted
 from adamac.testing import assert_within_error_budget
 
@@ -131,3 +134,43 @@ def test_the_kernel_puts_runs_in_the_same_order_as_a_stable_sort(shape, device):
     found, expected = (by_run(lengths, int(lengths.sum()), impl=impl) for impl in ("triton", "torch"))
     assert torch.equal(found.flat, expected.flat)
     assert torch.equal(found.where, expected.where)
+
+
+@pytest.mark.parametrize("width", [1, 63, 70])
+def test_rows_that_lie_anyhow_are_copied_and_added_up_by_the_kernel_that_was_asked_for(
+    width, device, monkeypatch
+):
+    if device.type == "cpu" and not interpreted():
+        pytest.skip("needs a GPU or Triton's interpreter")
+    through = Mock(wraps=kernels.copies)
+    monkeypatch.setattr(kernels, "copies", through)
+    labels, rows = torch.randint(-1, 4, (20, 3), device=device), torch.randn(2 * width, 20, device=device)
+    order, _ = by_label(labels, 3)
+    anyhow = rows.T[:, ::2]
+    copies = spread(anyhow, order, impl="triton")
+    assert through.call_count == 1
+    assert torch.equal(copies, anyhow[order.source])
+    sums = [gathered(each, order, impl="triton") for each in (copies, copies.T.contiguous().T)]
+    assert torch.equal(*sums)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("spare", [0, 1, 20])
+@pytest.mark.parametrize(("low", "high"), [(0, 4), (-2, 6), (4, 6)])
+def test_an_order_with_room_to_spare_is_that_of_the_rows_and_names_places_that_there_are(
+    low, high, spare, impl, device
+):
+    if impl == "triton" and device.type == "cpu" and not interpreted():
+        pytest.skip("needs a GPU or Triton's interpreter")
+    labels = torch.randint(low, high, (30, 3), device=device)
+    exact, counts = by_label(labels, 4, impl="torch")
+    number = len(exact.flat)
+    room = min(number + spare, labels.numel())
+    order, found = by_label(labels, 4, room=room, impl=impl)
+    assert len(order.flat) == len(order.source) == room
+    assert torch.equal(found, counts)
+    assert torch.equal(order.where, exact.where)
+    assert torch.equal(order.flat[:number], exact.flat)
+    assert torch.equal(order.source[:number], exact.source)
+    for places, end in ((order.flat, labels.numel()), (order.source, len(labels))):
+        assert bool(((places >= 0) & (places < end)).all())

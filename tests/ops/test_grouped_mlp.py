@@ -7,7 +7,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from adamac.ops.activation import ACTIVATIONS
+from adamac.ops.activation import ACTIVATIONS, activate
 from adamac.ops.grouped_mlp import grouped_mlp
 from adamac.ops.grouped_mlp import triton as kernels
 from adamac.testing import assert_within_error_budget
@@ -87,6 +87,15 @@ def test_rows_beyond_the_counts_change_nothing(counts, impl, by, gated, device, 
         found.append((out[:total].detach(), of_rows[:total], *of_matrices))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+def test_the_activation_is_told_how_many_rows_there_are(impl, device, monkeypatch):
+    through = Mock(wraps=activate)
+    monkeypatch.setattr("adamac.ops.grouped_mlp.activate", through)
+    (rows, up, down), counts = operands(COUNTS["ragged"], torch.bfloat16, device)
+    grouped_mlp(torch.cat([rows, rows]), up, down, counts, "gelu", impl=impl)
+    assert [int(call.kwargs["rows"]) for call in through.call_args_list] == [len(rows)]
 
 
 def test_gated_experts_refuse_to_be_fused(device):

@@ -117,7 +117,8 @@ class MoE(nn.Module):
         Args:
             x: ``[..., hidden]``; ranks may have different numbers of tokens, and none.
             routing: Used for these tokens in place of the router's, on all ranks or none; for measurements, and to repeat a pass.
-                Whether its experts exist is checked on a CPU alone, as the check would wait for a GPU.
+                Whether its experts exist, differ within a token and have room is checked on a CPU alone, as the check would
+                wait for a GPU.
 
         Returns:
             Like ``x``; the residual is not added.
@@ -177,6 +178,8 @@ class MoE(nn.Module):
 
     def waits(self, dtype: torch.dtype | None = None) -> str | None:
         """Say why a pass on a GPU waits for the device and cannot be recorded in a CUDA graph; ``None`` if nothing is read back.
+
+        What is replayed runs no Python: it adds nothing to the load that :meth:`rebalance` goes by.
 
         Args:
             dtype: That experts compute in, as under autocast; ``None`` means that of their parameters.
@@ -290,6 +293,18 @@ def _check_routing(routing: Routing, tokens: int, config: MoEConfig) -> None:
         if least < 0 or most >= config.num_experts:
             wrong = least if least < 0 else most
             raise ValueError(f"a routing names experts 0 to {config.num_experts - 1}; got {wrong}")
+        _check_choices(routing)
+
+
+def _check_choices(routing: Routing) -> None:
+    """Refuse what buffers would be made too short for."""
+    if bool((routing.experts.sort(1).values.diff(dim=1) == 0).any()):
+        raise ValueError("a routing names different experts for a token; got one of them twice")
+    if routing.room is not None and (most := int(routing.load().max())) > routing.room:
+        raise ValueError(
+            f"a routing says that no expert takes more than {routing.room} tokens (room); got {most} for one; "
+            "drop the others, or leave room out"
+        )
 
 
 def _shaped(rows: Tensor, like: Tensor) -> Tensor:

@@ -32,7 +32,8 @@ class Routing:
         finite: A bool scalar, whether the router's logits were; ``None`` if nobody looked.
         taken: ``[num_experts]`` float, tokens by expert, dropped ones too; ``None`` if nobody counted. Believed, not counted
             again: who makes a routing of other experts from this one leaves it out.
-        room: The most of these tokens that an expert takes, where that is limited: no more choices of it are left.
+        room: The most of these tokens that an expert takes, where that is limited: no more choices of it are left. Believed:
+            buffers of static shapes are made for so many, and who undoes drops leaves it out too.
     """
 
     experts: Tensor

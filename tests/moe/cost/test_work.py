@@ -57,6 +57,23 @@ def test_kernels_read_a_row_once_however_often_it_is_copied():
     assert kernel_bytes == (8 + 8 * 4) * row
 
 
+def test_among_ranks_too_what_kernels_copy_is_read_once():
+    """Wherever rows were copied from: the tokens here, those of all ranks, or what has arrived."""
+    config, row = preset("fine_grained", 64, num_experts=64, top_k=8), 64 * 2
+    here, everybody, choices = 8, 8 * 4, 8 * 8
+
+    def spread(dispatcher: str, impl: str) -> float:
+        work = Layer(config, here, 4, dispatcher, 2, impl).work()["permute"]
+        return sum(item.nbytes for item in work if item.kind == "spread")
+
+    assert spread("all_gather", "torch") == 2 * choices * row
+    assert spread("all_gather", "triton") == (everybody + choices) * row
+    assert spread("all_to_all", "triton") == (here + choices + 2 * choices) * row  # and regrouped, one by one
+    copies = spread("per_rank", "torch") / row / 2 - choices
+    assert here < copies < everybody
+    assert spread("per_rank", "triton") == pytest.approx((here + 2 * copies + choices) * row)
+
+
 def test_a_gate_is_one_more_reading_for_a_kernel_and_three_passes_for_plain_torch():
     passes = {
         (impl, gated, backward): activation(

@@ -16,7 +16,8 @@ class StaticGather(AllGather):
     """:class:`AllGather` without its first message: the host never waits for the device, and a pass can be captured.
 
     Two things must be known without asking. Every rank gives as many tokens as the others, in every pass; that is looked at in the
-    first pass and believed from then on, and a rank that gives another number later leaves all of them waiting for each other.
+    first pass that is not being captured, and believed from then on. Where a rank gives another number later, messages do not fit:
+    the backend may end the ranks, let them wait for ever or mix up rows.
     And rows that come are taken up in a buffer for as many as may come: all choices of all ranks that can fall on this one,
     ``ranks * tokens * min(top_k, local experts)``, or what the experts' capacity lets through if that is less. Rows that do not come
     are neither moved nor multiplied; what they cost is memory, without a capacity up to as many times what rows take as there are ranks.

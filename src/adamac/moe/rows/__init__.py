@@ -207,7 +207,7 @@ def differentiated(*tensors: Tensor | None) -> bool:
 
 def _copies(rows: Tensor, order: Order, impl: Impl) -> Tensor:
     # Of narrow rows a program would have next to nothing to do.
-    if rows.shape[1] >= _NARROW and chosen(impl, rows) == "triton":
+    if chosen(impl, rows) == "triton" and (rows.shape[1] >= _NARROW or impl == "triton"):
         from adamac.moe.rows import triton as kernels
 
         return kernels.copies(rows, order)
