@@ -47,7 +47,7 @@ from .moe_fabrics import (
     verdict_words,
 )
 from .moe_foreseen import WORDS, machines_of
-from .moe_profile import cost_table, cost_words, kind_table, launch_table, one_gpu_words
+from .moe_profile import cost_table, cost_words, kind_table, launch_table, one_gpu_words, one_name_words
 from .moe_steps import layout_table, layout_words, step_table, training_words
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -172,7 +172,8 @@ def parts_of_layers(rows: list[Row], former: list[Row], new: Later) -> list[str]
     return [
         "## Where a forward pass's time goes on the device",
         "Kernels of one pass by what they are for, XL top-8, 16,384 tokens on each rank. A kernel that sends also waits for the "
-        f"other rank, and is counted with the wait. By a later run at commit `{new.captured[-1]['commit']}` (`h200/moe_captured.jsonl`).",
+        f"other rank, and is counted with the wait. By a later run at commit `{new.captured[-1]['commit']}` (`h200/moe_captured.jsonl`)."
+        f"{one_name_words([*rows, *new.captured])}",
         kind_table([*rows, *new.captured]),
         one_gpu_words([*rows, *new.captured], rows),
         nvlink_words(rows),

@@ -17,7 +17,7 @@ ACTIVATION, PROJECTIONS, ROWS_MOVED, ROUTER = "activation", "projections", "rows
 # By a part of the kernel's name; what runs under none of them is small (counting, scans, sums of losses, copies).
 KINDS = {
     "experts' products": ("GroupProblem",),
-    ACTIVATION: ("Gelu", "_activation", "_activation_gradient"),
+    ACTIVATION: ("Gelu", "_activate", "_activation", "_activation_gradient"),
     PROJECTIONS: ("nvjet_sm90_tst",),
     ROWS_MOVED: ("vectorized_gather_kernel", "_copies", "_sums", "_gradients"),
     "messages": ("nccl",),
@@ -62,6 +62,14 @@ def kind_table(rows: list[Row]) -> str:
         for arm, row in profiles(rows, fabric, name).items()
     ]
     return table(["kernels, ms", "pass", *KINDS, REST, "sum"], lines)
+
+
+def one_name_words(rows: list[Row]) -> str:
+    """What the table cannot tell apart, if any of its rows is of when two kernels had one name."""
+    shown = [row for name in ("forward", "forward_backward") for row in profiles(rows, "none", name).values()]
+    if not any(kernel["name"] == "_activate" for row in shown for kernel in row["kernels"]):
+        return ""
+    return " In both passes on one GPU the activation's gradient is under the router: in this run the kernels of both have one name."
 
 
 def launch_table(rows: list[Row], former: list[Row]) -> str:

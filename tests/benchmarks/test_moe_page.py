@@ -8,7 +8,16 @@ from benchmarks.moe.summary import ok
 from benchmarks.moe_fabrics import ratios
 from benchmarks.moe_foreseen import Point, error_line, points, twice
 from benchmarks.moe_page import compared, drawn, later, quality, runs
-from benchmarks.moe_profile import KINDS, REST, ROUTER, ROWS_MOVED, by_kind, kind_of
+from benchmarks.moe_profile import (
+    ACTIVATION,
+    KINDS,
+    REST,
+    ROUTER,
+    ROWS_MOVED,
+    by_kind,
+    kind_of,
+    one_name_words,
+)
 from benchmarks.moe_steps import by_best, by_copies, layout_table, trained
 
 from benchmarks import moe_quality_page
@@ -102,7 +111,7 @@ def test_ratios_are_of_the_case_without_rivals_and_of_the_best_of_either_side():
 
 def test_kernels_by_kind_add_up_to_the_pass_and_little_is_left_over():
     rows, _ = runs()
-    for row in ok(rows, "moe_launches"):
+    for row in ok([*rows, *later().captured], "moe_launches"):
         found = by_kind(row)
         assert sum(found.values()) == pytest.approx(row["device_ms"])
         assert -1e-9 <= found[REST] <= 0.05 * row["device_ms"], row["arm"]
@@ -113,6 +122,16 @@ def test_a_kernel_of_our_own_is_known_by_its_whole_name():
     assert kind_of("reduce_sums") == REST
     assert kind_of("ncclDevKernel_SendRecv(ncclDevKernelArgsStorage<4096ul>)") == "messages"
     assert next(iter(KINDS)) == kind_of("_ZN7cutlass...GroupProblem")
+    assert {kind_of(name) for name in ("_activate", "_activation", "_activation_gradient")} == {ACTIVATION}
+
+
+def test_what_a_profile_cannot_tell_apart_is_said():
+    def profiled(kernel: str) -> list[dict]:
+        row = {"benchmark": "moe_launches", "status": "ok", "run": "1", "experts": "auto", "fabric": "none"}
+        return [row | {"arm": "bigmac/local", "pass": "forward", "kernels": [{"name": kernel, "ms": 1.0}]}]
+
+    assert "the activation's gradient is under the router" in one_name_words(profiled("_activate"))
+    assert one_name_words(profiled("_activation")) == ""
 
 
 def test_what_was_foreseen_is_told_apart_by_what_set_it():
