@@ -34,7 +34,7 @@ def test_the_grid_has_every_shape_once_more():
 def timed(side: str, way: str, ms: float, *, captured: bool = False, **changes) -> dict:
     row = {"benchmark": "moe_captured", "status": "ok", "fabric": "shm", "ranks": 2, "routing": "balanced"}
     row |= {"hidden": 2048, "top_k": 8, "ratio": 0.25, "preset": side, "dispatcher": way}
-    row |= {"arm": f"{side}/{way}{', captured' * captured}", "forward": {"p50_ms": ms}}
+    row |= {"arm": f"{side}/{way}{', captured' * captured}", "forward": {"p50_ms": ms, "n": 8}}
     row |= {"forward_backward": {"p50_ms": 3 * ms}} | ({"captured": True} if captured else {})
     return row | changes
 
@@ -75,3 +75,35 @@ def test_other_ranks_routings_and_shapes_are_no_target_and_a_side_that_was_not_r
     for changes in ({"ranks": 4}, {"routing": "trained_like"}, {"hidden": 1024}, {"top_k": 4}):
         assert target_lines(shape(1.8, 0.9, **changes), []) == []
     assert layers([row for row in shape(1.8, 0.9) if row["arm"] != "bigmac/static_gather, captured"]) == []
+
+
+def test_a_shape_that_was_timed_at_length_and_in_the_grid_counts_as_at_length():
+    long = [row | {"forward": row["forward"] | {"n": 24}} for row in shape(1.8, 0.9)]
+    for rows in (long + shape(1.0, 1.0), shape(1.0, 1.0) + long):
+        (found,) = layers(rows)
+        assert found.best("forward") == 2.0
+
+
+def step(side: str, way: str, ms: float, *, captured: bool = False, **changes) -> dict:
+    row = {
+        "benchmark": "moe_model",
+        "status": "ok",
+        "work": "train",
+        "model": "xl",
+        "fabric": "shm",
+        "ranks": 2,
+    }
+    row |= {"preset": side, "dispatcher": way, "arm": f"{side}/{way}{', captured' * captured}", "n": 4}
+    return row | {"p50_ms": ms, "captured": captured} | changes
+
+
+def test_a_training_step_is_judged_by_the_best_way_too_and_not_without_both_replays():
+    plain = [step(side, "all_to_all", ms) for side, ms in (("fine_grained", 9.0), ("bigmac", 4.0))]
+    replays = [
+        step(side, "static_gather", ms, captured=True)
+        for side, ms in (("fine_grained", 5.0), ("bigmac", 2.0))
+    ]
+    (line,) = target_lines([], plain + replays)
+    assert line[2:] == ["2.50", "-", "met"]
+    assert target_lines([], plain + replays[:1]) == []
+    assert target_lines([], [row | {"ranks": 4} for row in plain + replays]) == []
