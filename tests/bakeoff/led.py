@@ -7,6 +7,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 from play import Silence
 
 from adamac.bakeoff import studio
@@ -74,10 +75,17 @@ def refused(rank: int, one_head: Path, two_heads: Path, out: Path) -> list[Any]:
             raise RuntimeError("no room")
         return load_pipeline(*given, **more)
 
-    said = [bake(rank, one_head, out)]
-    with patch.object(studio, "load_pipeline", load):
-        try:
-            said.append(bake(rank, two_heads, out))
-        except RuntimeError as error:
-            said.append(str(error))
+    spread = studio._spread
+
+    def meet_and_spread(*given: Any) -> None:
+        dist.barrier()  # as ranks do on GPUs, where a mesh is made of them
+        spread(*given)
+
+    with patch.object(studio, "_spread", meet_and_spread):
+        said = [bake(rank, one_head, out)]
+        with patch.object(studio, "load_pipeline", load):
+            try:
+                said.append(bake(rank, two_heads, out))
+            except RuntimeError as error:
+                said.append(str(error))
     return said

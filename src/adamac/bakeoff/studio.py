@@ -87,10 +87,14 @@ class Studio:
                     torch.cuda.empty_cache()
 
     def _open(self) -> None:
+        spread = self._ranks.size > 1
         with self._ranks.agreed():
             self.pipe = _ready(self._config)
-            if self._ranks.size > 1:
+            if spread:
                 _check_card(self.pipe)
+        # Ranks meet where they are spread: none may begin before it is known that all have come so far.
+        with self._ranks.agreed():
+            if spread:
                 _spread(self.pipe, self._ranks.size)
             if self._config.compile:
                 compile_blocks(self.pipe)
