@@ -9,10 +9,13 @@ from collections.abc import Iterable
 from statistics import median
 from typing import Any
 
+from adamac.moe import preset
+from adamac.moe.cost import Machine, predict
+
 from .gpu_page import table
-from .moe.cases import BASELINE, COPY_PER_EXPERT, PRESETS
+from .moe.cases import BASELINE, COPY_PER_EXPERT, FABRICS, PRESETS
 from .moe.summary import ok
-from .moe_foreseen import WORDS
+from .moe_foreseen import WITHIN, WORDS, machines_of
 from .moe_grid import PASSES, Shape, extreme_words, fabric_table, where_words
 
 Row = dict[str, Any]
@@ -77,8 +80,8 @@ def _training_words(training: list[Row]) -> str:
     return f"A training step of XL then: {'; '.join(told)}."
 
 
-def section(rows: list[Row]) -> str:
-    """Tables and words."""
+def section(rows: list[Row], fitted: list[Row]) -> str:
+    """Tables and words; ``fitted`` are rows of an earlier run, which have the machine's constants."""
     grid = [s for s in layers(rows, 2) if s.routing == "balanced"]
     parts = [
         f"{rows[0]['device']} at {_commits(rows)} (`h200/moe_captured.jsonl`), ranks and tokens as above. `static_gather` sends what the gather "
@@ -88,6 +91,7 @@ def section(rows: list[Row]) -> str:
         layer_table(rows),
         gain_words(rows),
         memory_words(rows),
+        foreseen_words(rows, fitted),
         "**Where it pays then.** Best against best, replaying being one of the ways, on two ranks.",
         where_words(grid),
         extreme_words(grid),
@@ -234,6 +238,43 @@ def _ratio(steps: list[Row], *, replayed: bool | None) -> float:
     """Baseline over BigMac, best against best."""
     wide, narrow = (_best_step(steps, side, replayed)["p50_ms"] for side in PRESETS)
     return wide / narrow
+
+
+def foreseen_words(rows: list[Row], fitted: list[Row]) -> str:
+    """How near the cost model comes to replays, by an earlier run's constants without its host."""
+    told = []
+    for fabric, machine in machines_of(fitted).items():
+        times, ratios = [], []
+        for shape in (s for s in layers(rows, 2) if (s.fabric, s.routing) == (fabric, "balanced")):
+            for name in PASSES:
+                said, took = _said_and_took(shape, name, machine)
+                times += [a / b - 1 for a, b in zip(said, took, strict=True)]
+                ratios.append(said[0] / said[1] / (took[0] / took[1]) - 1)
+        if fabric in ("nvlink", "shm"):
+            told.append(
+                f"{WORDS[fabric]}: times {median(times):+.0%} in the median ({median(map(abs, times)):.0%} without sign), ratios {median(ratios):+.0%} "
+                f"({median(map(abs, ratios)):.0%}), of which {sum(abs(error) <= WITHIN for error in ratios)} of {len(ratios)} are within 15 %"
+            )
+    return (
+        f"**Said and measured.** The cost model knows replays as layers without a host. By the constants of the grid's run (`{fitted[-1]['commit']}`), which were fitted before: {'; '.join(told)}. "
+        "Through shared memory a message launched alone, as it is when constants are fitted, takes longer than one in a graph, for both sides, so that the narrow one is said too slow."
+    )
+
+
+def _said_and_took(shape: Shape, name: str, machine: Machine) -> tuple[list[float], list[float]]:
+    """Milliseconds of both sides, predicted and measured."""
+    said = [
+        predict(
+            preset(side, shape.hidden, 64, shape.top_k, shape.r),
+            FABRICS[shape.fabric].tokens,
+            2,
+            "static_gather",
+            machine.unwaited(),
+            backward=name != "forward",
+        ).time_ms
+        for side in PRESETS
+    ]
+    return said, [_times(shape, side, name)[2] for side in PRESETS]
 
 
 def _times(shape: Shape, side: str, name: str) -> tuple[Any, Any, Any]:

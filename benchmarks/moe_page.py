@@ -188,7 +188,7 @@ def parts_of_layers(rows: list[Row], former: list[Row], new: Later) -> list[str]
         cost_words(new.launching),
         cost_table(new.launching),
         "## Replayed from a CUDA graph",
-        moe_captured.section(new.captured),
+        moe_captured.section(new.captured, new.grid),
         "## Other widths, ratios and numbers of experts a token",
         moe_grid.section(new.grid, new.uneven, rows),
         "## Four ranks",

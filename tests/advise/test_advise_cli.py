@@ -34,6 +34,7 @@ def test_given_and_assumed_constants_are_told_apart(capsys):
     ):
         assert word in out
     assert "assumed, not measured: elementwise, sort, spread, gather, gather_partial;" in out
+    assert "Replayed from a CUDA graph (static_gather), where nobody waits for the host" in out
 
 
 def test_nodes_make_it_a_projection(capsys):

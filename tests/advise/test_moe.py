@@ -247,3 +247,20 @@ def test_what_is_only_assumed_decides_nothing_within_a_third():
     found = compare(FINE, BIGMAC, 16384, 2, machine_of())
     assert found.error == pytest.approx(0.3)
     assert found.answer == "within the model's error"
+
+
+@pytest.mark.parametrize(("ranks", "name"), [(1, "local"), (2, "static_gather")])
+@pytest.mark.parametrize("backward", [False, True])
+def test_what_is_replayed_waits_for_no_host_and_does_the_same_work(ranks, name, backward):
+    floors = dict.fromkeys(("local", *DISPATCHERS), 50.0)
+    slow_host = replace(PAPER_LIKE, least_ms=floors, least_both_ms=floors)
+    found = compare(FINE, BIGMAC, 4096, ranks, slow_host, backward=backward)
+    assert found.ratio == pytest.approx(1, abs=0.02)  # both end at the host
+    for said, launched in zip(found.replayed, (found.baseline, found.candidate), strict=True):
+        assert (said.dispatcher, said.host_ms) == (name, 0)
+        gather = launched["local" if ranks == 1 else "all_gather"]
+        assert said.time_ms == pytest.approx(sum(gather.stages_ms.values()), rel=0.01)
+    ratio = found.replayed[0].time_ms / found.replayed[1].time_ms
+    assert (ratio > 1.05) == (ranks > 1)  # alone nothing is sent
+    assert f"({name}), where nobody waits for the host: CDAC" in found.if_replayed()
+    assert found.if_replayed().endswith(f"{ratio:.2f}x.")

@@ -36,6 +36,7 @@ class Comparison:
     Attributes:
         baseline: Predictions by dispatcher.
         candidate: The same.
+        replayed: Both replayed from a CUDA graph, where nobody waits for the host: by ``static_gather``, on one rank ``local``.
         break_even_bytes_per_s: The bandwidth at which both sides' best are equal; on every slower fabric the candidate is
             faster. Infinity if it is faster on every fabric, 0 if on no slow one; ``None`` if nothing is sent, or the
             fabric is infinitely fast.
@@ -48,6 +49,7 @@ class Comparison:
 
     baseline: Mapping[str, Prediction]
     candidate: Mapping[str, Prediction]
+    replayed: tuple[Prediction, Prediction]
     break_even_bytes_per_s: float | None
     rho: float | None
     error: float
@@ -113,6 +115,15 @@ class Comparison:
         )
         return f"Projection: {said}" if candidate.projection else said
 
+    def if_replayed(self, name: str = "BigMac", baseline_name: str = "CDAC") -> str:
+        """Say what becomes of it where the host is not waited for."""
+        baseline, candidate = self.replayed
+        return (
+            f"{'Projection: r' if candidate.projection else 'R'}eplayed from a CUDA graph ({candidate.dispatcher}), where nobody waits for the "
+            f"host: {baseline_name} {baseline.time_ms:.3g} ms, {name} {candidate.time_ms:.3g} ms, "
+            f"{baseline.time_ms / candidate.time_ms:.2f}x."
+        )
+
     def break_even(self, name: str = "BigMac") -> str:
         """Say on which fabrics it pays."""
         limit, what = self.break_even_bytes_per_s, "between nodes" if self.between_nodes else "of the fabric"
@@ -161,6 +172,13 @@ def compare(
         gained = one - other
         return 0.0 if abs(gained) <= _EQUAL * max(one, other) else gained
 
+    def replayed(config: MoEConfig) -> Prediction:
+        name = "static_gather" if ranks > 1 else "local"
+        unwaited = machine.unwaited()
+        return predict(
+            config, tokens, ranks, name, unwaited, backward=backward, itemsize=itemsize, network=network
+        )
+
     sides = side(baseline), side(candidate)
     limit = None
     if ranks > 1:
@@ -173,7 +191,8 @@ def compare(
         just_so = network is None and machine.compared_on(ranks)
         error = machine.ratio_error if just_so else max(error, machine.ratio_error)
     rho = _rho(baseline, candidate, tokens, ranks, machine, itemsize, network)
-    return Comparison(*sides, limit, rho, error, ranks, network is not None)
+    unwaited = replayed(baseline), replayed(candidate)
+    return Comparison(*sides, unwaited, limit, rho, error, ranks, network is not None)
 
 
 def project(

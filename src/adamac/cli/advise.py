@@ -183,6 +183,7 @@ def _lines(found: Comparison, machine: Machine, ranks: int, name: str) -> Genera
     if ranks > 1:
         yield found.break_even(name)
     yield found.verdict(name)
+    yield found.if_replayed(name)
 
 
 def _constants(machine: Machine, ranks: int) -> Table:

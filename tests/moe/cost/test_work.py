@@ -9,7 +9,7 @@ from adamac.moe.cost.work import Layer, activation
 from adamac.moe.timing import STAGES
 from adamac.moe.traffic import bytes_sent, flops_per_token, metadata_bytes
 
-RANKS = {"local": 1, "all_to_all": 4, "per_rank": 4, "all_gather": 4}
+RANKS = {"local": 1, "all_to_all": 4, "per_rank": 4, "all_gather": 4, "static_gather": 4}
 COLLECTIVES = ("all_to_all", "all_gather", "reduce_scatter")
 
 

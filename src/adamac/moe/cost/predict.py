@@ -89,7 +89,8 @@ def predict(
         config: The layer.
         tokens: On each rank.
         ranks: Over which its experts are spread.
-        dispatcher: ``"local"``, ``"all_to_all"``, ``"per_rank"`` or ``"all_gather"``.
+        dispatcher: ``"local"``, ``"all_to_all"``, ``"per_rank"`` or ``"all_gather"``; or ``"static_gather"``, which is taken to be replayed
+            from a CUDA graph, where nobody waits for the host.
         machine: Its constants.
         backward: Both passes instead of the forward pass alone.
         itemsize: Bytes of a value.

@@ -108,7 +108,7 @@ class Layer:
         config: Its shape.
         tokens: On this rank, as many as on the others.
         ranks: Over which the experts are spread.
-        dispatcher: ``"local"``, ``"all_to_all"``, ``"per_rank"`` or ``"all_gather"``.
+        dispatcher: ``"local"``, ``"all_to_all"``, ``"per_rank"``, ``"all_gather"`` or ``"static_gather"``.
         itemsize: Bytes of a value.
         rows: What moves rows.
     """
@@ -142,7 +142,7 @@ class Layer:
 
     def before_reading(self) -> list[Work]:
         """What the host waits for, forward, before it knows how many rows will come; it launches nothing meanwhile."""
-        if self.dispatcher == "local":
+        if self.dispatcher in ("local", "static_gather"):
             return []
         done = self._computed(backward=False)
         return [*done["gate"], *done["descend"], sorting(self.tokens * self.config.top_k)]
@@ -190,6 +190,7 @@ class Layer:
             "all_to_all": self._all_to_all,
             "per_rank": self._per_rank,
             "all_gather": self._all_gather,
+            "static_gather": self._all_gather,
         }
         if self.dispatcher not in steps:
             raise ValueError(f"dispatcher must be one of {', '.join(steps)}; got {self.dispatcher!r}")
@@ -205,7 +206,7 @@ class Layer:
     def _beside(self, *, backward: bool) -> list[Work]:
         """Messages beside rows: what is announced, which experts, what weights; backward, gradients of weights."""
         kind = _PAYLOAD[self.dispatcher][0]
-        number = 1 if self.dispatcher == "all_to_all" else 3
+        number = {"all_to_all": 1, "static_gather": 2}.get(self.dispatcher, 3)
 
         def nbytes(both: bool) -> float:
             return metadata_bytes(self.config, self.tokens, self.ranks, self.dispatcher, backward=both)
@@ -256,6 +257,7 @@ _PAYLOAD: dict[str, tuple[Kind, Kind]] = {
     "all_to_all": ("all_to_all", "all_to_all"),
     "per_rank": ("all_to_all", "all_to_all"),
     "all_gather": ("all_gather", "reduce_scatter"),
+    "static_gather": ("all_gather", "reduce_scatter"),
 }
 
 
