@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The mixture of experts on the GPUs of one host, in order of worth, each part with a time limit of its own:
-#   bash benchmarks/moe.sh OUT [PART...]      parts: nvlink shm none sockets quality advise layouts grid uneven models scaling
+#   bash benchmarks/moe.sh OUT [PART...]      parts: nvlink shm none sockets quality advise layouts grid uneven models scaling captured
 # LIMIT (490) is the seconds for everything. quality reads text files in TEXT (a folder) and trains STEPS (1200) steps of each arm.
 # NVLink multicast stays off: it is not what is measured. A rehearsal on a processor:
 #   REHEARSE=1 bash benchmarks/moe.sh out/rehearsal nvlink none
@@ -71,6 +71,8 @@ for what in ${*:-nvlink shm none sockets quality advise}; do
     sockets) layers sockets 70 sockets collectives layer ;;
     grid) for each in nvlink=160 shm=160 sockets=300; do WHAT=grid layers "grid ${each%=*}" "${each#*=}" "${each%=*}" cost layer; done ;;
     uneven) for each in nvlink=110 sockets=290; do WHAT=grid layers "uneven ${each%=*}" "${each#*=}" "${each%=*}" cost layer --routing trained_like; done ;;
+    captured) for each in nvlink=70 shm=60 none=40 sockets=110; do layers "captured ${each%=*}" "${each#*=}" "${each%=*}" captured; done
+      for each in nvlink=120 shm=110; do WHAT=${REHEARSE:+tiny} WHAT=${WHAT:-grid} layers "captured grid ${each%=*}" "${each#*=}" "${each%=*}" captured; done ;;
     models) WHAT=full layers "models none" 90 none train serve; WHAT=full layers "models shm" 150 shm train ;;
     quality) quality ;;
     advise) part advise 70 python3 -m torch.distributed.run --nproc-per-node 2 -m adamac.cli advise moe --measure \

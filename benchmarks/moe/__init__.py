@@ -4,7 +4,8 @@
 (``all_to_all``), one copy per rank (``per_rank``), everything to everyone (``all_gather``); ``local`` on one rank. One copy per
 expert flatters BigMac, so every row of its has two ratios: over the baseline with one copy per expert, and over the baseline's
 *best* dispatcher. Rivals are DeepSpeed's MoE layer and the grouped experts of transformers behind its own all-to-all, with
-the same router weights, experts and tokens. The baseline has to be no slower than the best of them.
+the same router weights, experts and tokens. The baseline has to be no slower than the best of them. Where layers are *captured*,
+both sides have ``static_gather`` besides (``local`` on one rank), launched piece by piece and replayed from a CUDA graph.
 
 **Fabrics.** Two GPUs of one machine can talk over NVLink, through shared memory (``NCCL_P2P_DISABLE=1``) or through sockets
 (``NCCL_SHM_DISABLE=1`` too); each is a fresh set of processes, since NCCL reads its environment once. What NCCL then said it
@@ -31,5 +32,5 @@ Run it from the root of the repository::
     python -m benchmarks.moe summary rows.jsonl
 
 Read in this order: ``cases`` (what is asked), ``inputs`` (routing), ``arms`` and ``rivals``, ``check``, ``turns`` (timing),
-``layer``, ``collectives``, ``kernels``, ``model``, ``crew`` (what ranks share), ``launch`` (processes), ``run``, ``summary``.
+``layer``, ``captured``, ``collectives``, ``kernels``, ``model``, ``crew`` (what ranks share), ``launch`` (processes), ``run``, ``summary``.
 """
