@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +13,11 @@ from PIL import Image
 from play import config_of, save_tiny_wan_from_image
 
 from adamac import cli
+from adamac.bakeoff.call import parse
 from adamac.bakeoff.config import Config
 from adamac.bakeoff.errors import BadInput
 from adamac.bakeoff.picture import Picture
-from adamac.bakeoff.pipelines import check_prompts
+from adamac.bakeoff.pipelines import call_arguments, check_prompts
 from adamac.bakeoff.prompts import Prompt
 from adamac.bakeoff.report import draw
 from adamac.bakeoff.run import run_bakeoff
@@ -130,3 +132,81 @@ def test_the_command_gives_a_negative_prompt_to_all(play, tmp_path, capsys):
         "negative_prompt: PlayPipeline has no negative prompt; remove it from prompt"
         in capsys.readouterr().err
     )
+
+
+class Scaled:
+    """A pipeline whose call has an argument of its own."""
+
+    def __init__(self):
+        self.asked = []
+
+    def __call__(self, prompt, true_cfg_scale=1.0, num_inference_steps=50):
+        """Only its signature is looked at."""
+
+
+def test_further_arguments_reach_the_call_and_are_part_of_the_run(play, directory, progress):
+    scales = []
+
+    class Scaling(type(play)):
+        def __call__(self, *given, true_cfg_scale=1.0, **more):
+            scales.append(true_cfg_scale)
+            return super().__call__(*given, **more)
+
+    play.__class__ = Scaling
+    config = replace(config_of("a ball"), call={"true_cfg_scale": 6})
+    rows = run_bakeoff(config, directory, progress)
+    assert all(row.ok for row in rows)
+    assert set(scales) == {6}
+    assert json.loads(directory.run.read_text())["config"]["call"] == {"true_cfg_scale": 6}
+    with pytest.raises(BadInput, match="call: other settings there, other settings here"):
+        run_bakeoff(replace(config, call={"true_cfg_scale": 7}), directory, progress, resume=True)
+
+
+def test_a_run_from_before_there_were_further_arguments_goes_on(play, directory, progress):
+    rows = run_bakeoff(config_of("a ball"), directory, progress)
+    run = json.loads(directory.run.read_text())
+    del run["config"]["call"]
+    directory.run.write_text(json.dumps(run))
+    assert run_bakeoff(config_of("a ball"), directory, progress, resume=True) == rows
+
+
+def test_with_them_a_negative_prompt_is_read():
+    config = Config(model="any", prompts=(FOG,), arms=("dense",), call={"true_cfg_scale": 6})
+    assert call_arguments(Scaled(), config) == {"true_cfg_scale": 6}
+    check_prompts(HunyuanVideoPipeline.__new__(HunyuanVideoPipeline), (FOG,), {"true_cfg_scale": 6})
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ((), {}),
+        (("true_cfg_scale=6", "strength=0.5"), {"true_cfg_scale": 6, "strength": 0.5}),
+        (
+            ("mode=fast", "loop=true", "sizes=[1, 2]", "note="),
+            {"mode": "fast", "loop": True, "sizes": [1, 2], "note": ""},
+        ),
+    ],
+)
+def test_values_are_json_or_else_texts(words, found):
+    assert parse(words) == found
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (("strength",), "expected NAME=VALUE, as true_cfg_scale=6, got 'strength'"),
+        (("a-b=1",), "expected NAME=VALUE"),
+        (("strength=1", "strength=2"), "strength is given twice"),
+        (("guidance_scale=3",), "guidance_scale is set by --guidance"),
+        (("latents=1",), "latents is set by the bake-off itself"),
+    ],
+)
+def test_what_is_no_further_argument_is_refused(words, line):
+    with pytest.raises(BadInput, match=f"call: {re.escape(line)}"):
+        parse(words)
+
+
+def test_an_argument_that_the_pipeline_lacks_is_refused_with_the_nearest():
+    config = Config(model="any", prompts=(FOG,), arms=("dense",), call={"true_cfg_scal": 6})
+    with pytest.raises(BadInput, match="call: Scaled has no true_cfg_scal; did you mean true_cfg_scale\\?"):
+        call_arguments(Scaled(), config)

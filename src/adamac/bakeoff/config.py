@@ -58,6 +58,7 @@ class Config:
         compile: Compile the transformer's blocks for every arm; see :mod:`adamac.bakeoff.compiled`.
         setup: Makes the pipeline ready once it is loaded, and puts it where it runs.
         ranks: Over how many GPUs each video is spread.
+        call: Further arguments of the pipeline call by name, see :mod:`adamac.bakeoff.call`.
     """
 
     model: str | None
@@ -77,6 +78,7 @@ class Config:
     compile: bool = False
     setup: Setup | None = None
     ranks: int = 1
+    call: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
@@ -256,7 +258,7 @@ def _damage(run: Any) -> str:
 
 def _say_what_was_not_asked(config: dict[str, Any]) -> None:
     """Fill in what a version that wrote this could not be asked for."""
-    for name, value in (("compile", False), ("setup", None), ("ranks", 1)):
+    for name, value in (("compile", False), ("setup", None), ("ranks", 1), ("call", {})):
         config.setdefault(name, value)
     for prompt in config["prompts"]:
         for name in ("negative", "image"):

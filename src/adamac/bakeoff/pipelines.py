@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from adamac.bakeoff import call
 from adamac.bakeoff.config import Config
 from adamac.bakeoff.device import find_device, find_dtype
 from adamac.bakeoff.errors import BadInput, one_line
@@ -61,7 +62,7 @@ def call_arguments(pipe: Pipeline, config: Config) -> dict[str, Any]:
     """Arguments of the pipeline call that are the same for every video.
 
     Raises:
-        BadInput: If the pipeline has no such setting.
+        BadInput: If the pipeline has no such setting or argument.
     """
     arguments: dict[str, Any] = {}
     if config.model is None:
@@ -76,7 +77,8 @@ def call_arguments(pipe: Pipeline, config: Config) -> dict[str, Any]:
         if argument not in accepted:
             raise BadInput(f"{name}: {type(pipe).__name__} has no {argument}")
         arguments[argument] = value
-    return arguments
+    call.check(config.call, accepted, type(pipe).__name__)
+    return arguments | config.call
 
 
 def check_prompts(pipe: Pipeline, prompts: tuple[Prompt, ...], arguments: dict[str, Any]) -> None:

@@ -39,6 +39,8 @@ class Bakeoff:
         width: Pixels.
         frames: Frames of a video.
         guidance: Scale of classifier-free guidance.
+        call: Further arguments of the pipeline call that only some pipelines have, each NAME=VALUE, as true_cfg_scale=6 or
+            guidance_scale_2=3.
         fps: Frames a second of the video files.
         seeds: Every prompt is made once for each seed.
         keep: Share of the video tokens that every sparse arm reads, over 0 up to 1, in place of its own budget.
@@ -66,6 +68,7 @@ class Bakeoff:
     width: int | None = None
     frames: int | None = None
     guidance: float | None = None
+    call: tuple[str, ...] = ()
     fps: int | None = None
     seeds: tuple[int, ...] = (0,)
     keep: float | None = None
@@ -116,6 +119,7 @@ def bakeoff(options: Bakeoff, console: Console) -> int:
 
 
 def _config(options: Bakeoff, ranks: int) -> Config:
+    from adamac.bakeoff import call
     from adamac.bakeoff.config import REFERENCE, Config
     from adamac.bakeoff.device import find_device, find_dtype
     from adamac.bakeoff.prompts import choose_prompts
@@ -136,6 +140,7 @@ def _config(options: Bakeoff, ranks: int) -> Config:
         width=options.width,
         frames=options.frames,
         guidance=options.guidance,
+        call=call.parse(options.call),
         fps=options.fps,
         keep=options.keep,
         schedule=_schedule(options),
