@@ -16,7 +16,7 @@ from .gpu_page import table
 from .moe.cases import BASELINE, COPY_PER_EXPERT, FABRICS, PRESETS
 from .moe.summary import ok
 from .moe_foreseen import WITHIN, WORDS, machines_of
-from .moe_grid import PASSES, Shape, extreme_words, fabric_table, where_words
+from .moe_grid import PASSES, PAYS, Shape, extreme_words, fabric_table, share, where_words
 
 Row = dict[str, Any]
 # Of the layer of the targets, between the best of both sides, on two ranks and on one.
@@ -24,6 +24,11 @@ AIMS = {"nvlink": 1.4, "shm": 2.0, "sockets": 2.5, "none": 1.2}
 _TRAINING = 2.5
 _XL = (2048, 8, 0.25)
 _REPLAYED = "captured"
+_WHERE = (
+    f"**Where it pays then** (more than {PAYS} between the fastest ways of both sides, of which replaying is one, in both passes, balanced routing, two ranks). As before a smaller r "
+    "leaves less to send, and a slower fabric makes it dearer. Width helps no more: narrow layers need not wait for their host, and products grow with the square of the width "
+    "where messages grow with the width."
+)
 
 
 def layers(rows: Iterable[Row], ranks: int | None = None) -> list[Shape]:
@@ -65,19 +70,20 @@ def verdict_words(rows: list[Row], training: list[Row]) -> str:
         if of:
             told.append(f"On {'two' if ranks == 2 else 'four'} ranks: " + "; ".join(f"{WORDS[s.fabric]} {_pair(s)}" for s in of))  # fmt: skip
     return (
-        f"**And if nobody waits for the host?** [Replayed from a CUDA graph](#replayed-from-a-cuda-graph), best against best, forward / forward + backward. "
+        f"**And if nobody waits for the host?** [Replayed from a CUDA graph](#replayed-from-a-cuda-graph), each side by its fastest way, of which replaying is one, forward / forward + backward. "
         f"{'. '.join(told)}. {_training_words(training)}"
     )
 
 
 def _training_words(training: list[Row]) -> str:
     """Ratios and gains of training steps, in a sentence."""
+    found = [(fabric, ranks) for fabric, ranks, model in _trainings(training) if model == "xl"]
     told = [
-        f"{WORDS[fabric]}, {ranks} ranks, {_ratio(steps_of(training, model, fabric, ranks), replayed=None):.2f}"
-        for fabric, ranks, model in _trainings(training)
-        if model == "xl" and ranks > 1
+        f"{WORDS[fabric]}{f', {ranks} ranks' if ranks > 1 else ''}, {_ratio(steps_of(training, 'xl', fabric, ranks), replayed=None):.2f}"
+        for fabric, ranks in found
     ]
-    return f"A training step of XL then: {'; '.join(told)}."
+    rest = "" if ("nvlink", 4) in found else "; over NVLink on four ranks none was replayed"
+    return f"A training step of XL then: {'; '.join(told)}{rest}."
 
 
 def section(rows: list[Row], fitted: list[Row]) -> str:
@@ -92,8 +98,7 @@ def section(rows: list[Row], fitted: list[Row]) -> str:
         gain_words(rows),
         memory_words(rows),
         foreseen_words(rows, fitted),
-        "**Where it pays then.** Best against best, replaying being one of the ways, on two ranks.",
-        where_words(grid),
+        where_words(grid, _WHERE),
         extreme_words(grid),
     ]
     for fabric in dict.fromkeys(shape.fabric for shape in grid):
@@ -127,34 +132,70 @@ def gain_words(rows: list[Row]) -> str:
     told = []
     for hidden in sorted({s.hidden for s in layers(rows)}):
         own = [s for s in layers(rows) if s.hidden == hidden and s.fabric in ("nvlink", "shm")]
-        gains = [
-            _times(s, side, n)[0] / _times(s, side, n)[2] for s in own for side in PRESETS for n in PASSES
-        ]
-        if gains:
+        if gains := _gains(own):
             told.append(
                 f"at h {hidden:,} {median(gains):.2f} times as fast in the median ({min(gains):.2f} to {max(gains):.2f})"
             )
     return (
         f"Over NVLink and through shared memory a replay is, beside the best plain way of the same side, {'; '.join(told)}: narrow layers are launches, wide ones products and messages. "
         "Most of what is below 1 is the baseline on four ranks through shared memory, where a copy for each rank sends less than any gather."
+        f"{_over_sockets(layers(rows))}"
     )
+
+
+def _over_sockets(shapes: list[Shape]) -> str:
+    """The same where the processors carry messages, if that was measured."""
+    gains = _gains([shape for shape in shapes if shape.fabric == "sockets"])
+    if not gains:
+        return ""
+    return (
+        f" Over sockets it gains nothing, {median(gains):.2f} in the median ({min(gains):.2f} to {max(gains):.2f}): messages set the time there, and the fastest way of a side is "
+        "mostly one that is launched."
+    )
+
+
+def _gains(shapes: list[Shape]) -> list[float]:
+    """How many times as fast a replay is as the best plain way of its side."""
+    return [_times(s, side, n)[0] / _times(s, side, n)[2] for s in shapes for side in PRESETS for n in PASSES]
 
 
 def memory_words(rows: list[Row]) -> str:
-    """What static shapes take."""
-    (xl,) = [s for s in layers(rows, 2) if (s.fabric, s.routing, s.key) == ("nvlink", "balanced", _XL)] or [
-        None
-    ]
-    if xl is None:
+    """What static shapes and recordings take, by the number of ranks."""
+    told = []
+    for ranks in (2, 4):
+        for xl in layers(rows, ranks):
+            if (xl.fabric, xl.routing, xl.key) == ("nvlink", "balanced", _XL):
+                told.append(f"on {'two' if ranks == 2 else 'four'} ranks {_memory(xl)}")
+    if not told:
         return ""
-    told = [
-        f"{xl.arms[f'{side}/all_gather']['peak_gib']:.2f} and {xl.arms[f'{side}/static_gather']['peak_gib']:.2f} GiB ({side})"
-        for side in PRESETS
-    ]
     return (
-        f"Its price is memory: room for all rows that may come, on two ranks twice those that do at an even load. Forward and backward of this layer over NVLink take, gather and static, "
-        f"{' and '.join(told)}; a recording keeps its memory between replays."
+        "Its price is memory, which grows with the ranks: room for all rows that may come, on two ranks twice those that do at an even load, on four four times. Forward and backward of "
+        f"this layer over NVLink take, gather, static and what both recordings keep between replays, {'; '.join(told)}. All ranks need equally many tokens."
     )
+
+
+def _memory(shape: Shape) -> str:
+    ways = (
+        ("all_gather", "peak_gib"),
+        ("static_gather", "peak_gib"),
+        ("static_gather, captured", "pool_gib"),
+    )
+    sides = [[f"{shape.arms[f'{side}/{way}'][what]:.2f}" for way, what in ways] for side in PRESETS]
+    return " and ".join(
+        f"{', '.join(found)} GiB ({side})" for side, found in zip(PRESETS, sides, strict=True)
+    )
+
+
+def unmeasured(rows: list[Row]) -> list[Row]:
+    """Rows that are not ok, without layers that another run measured; those that were stopped say which they are."""
+    measured = {_case(row) for row in ok(rows, "moe_captured")}
+    bad = [row for row in rows if row["status"] != "ok" and _case(row) not in measured]
+    return [row | ({"arm": f"h {row['hidden']:,}, top-{row['top_k']}, r {share(row['ratio'])}"} if row.get("arm") == "all" else {}) for row in bad]  # fmt: skip
+
+
+def _case(row: Row) -> tuple[Any, ...]:
+    names = ("benchmark", "fabric", "ranks", "routing", "tokens", "hidden", "top_k", "ratio")
+    return tuple(row.get(name) for name in names)
 
 
 def steps_of(rows: list[Row], model: str, fabric: str, ranks: int) -> list[Row]:
@@ -171,7 +212,8 @@ def training_section(rows: list[Row]) -> str:
     return "\n\n".join(
         [
             f"The same models at {_commits(rows)} (`h200/moe_training.jsonl`), all arms in turns in one run: a step whose four micro-batches are replayed, as by "
-            "`adamac moe train --capture`, beside the best that is launched piece by piece. Averaging gradients and the optimiser are launched as before.",
+            "`adamac moe train --capture`, beside the best other dispatcher, launched piece by piece (on several ranks `static_gather` launched was not timed, so that some of the gain may be its own). Averaging gradients and "
+            "the optimiser are launched as before. Gradients come on top of both figures of memory.",
             training_table(rows),
             training_words(rows),
         ]
@@ -257,7 +299,7 @@ def foreseen_words(rows: list[Row], fitted: list[Row]) -> str:
             )
     return (
         f"**Said and measured.** The cost model knows replays as layers without a host. By the constants of the grid's run (`{fitted[-1]['commit']}`), which were fitted before: {'; '.join(told)}. "
-        "Through shared memory a message launched alone, as it is when constants are fitted, takes longer than one in a graph, for both sides, so that the narrow one is said too slow."
+        "Through shared memory all is said too slow, and BigMac more so. Why was not measured; perhaps a message in a graph takes less than one launched alone, by which the constants are fitted."
     )
 
 

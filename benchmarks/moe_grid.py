@@ -31,6 +31,10 @@ Row = dict[str, Any]
 PASSES = {"forward": "forward", "forward_backward": "forward + backward"}
 # From what ratio on BigMac pays, here as in the verdict by fabric.
 PAYS = 1.05
+_WHERE = (
+    f"**Where it pays** (more than {PAYS} between the best dispatchers, in both passes, balanced routing). Wider layers have more to send for "
+    "the same launches, a smaller r leaves less of it, a slower fabric makes it dearer; narrow layers end at the host."
+)
 _ARMS = frozenset(f"{side}/{way}" for side, way in product(PRESETS, ("all_gather", COPY_PER_EXPERT, "per_rank")))  # fmt: skip
 _NO_PART = (
     "python",
@@ -150,8 +154,8 @@ def verdict_words(rows: list[Row]) -> str:
     )
 
 
-def where_words(even: list[Shape]) -> str:
-    """Fabric by fabric, at which widths BigMac pays."""
+def where_words(even: list[Shape], head: str = _WHERE) -> str:
+    """Fabric by fabric, at which widths BigMac pays; ``head`` says what counts as that, and why."""
     lines = []
     for fabric in dict.fromkeys(shape.fabric for shape in even):
         own = [shape for shape in even if shape.fabric == fabric]
@@ -160,10 +164,6 @@ def where_words(even: list[Shape]) -> str:
         few = [shape for shape in own if shape.pays]
         which = f" ({'; '.join(shape.words for shape in few)})" if 0 < len(few) <= 6 else ""
         lines.append(f"- {_capital(WORDS[fabric])}: in {len(few)} of {len(own)} shapes{which}: {told}.")
-    head = (
-        f"**Where it pays** (more than {PAYS} between the best dispatchers, in both passes, balanced routing). Wider layers have more to send for "
-        "the same launches, a smaller r leaves less of it, a slower fabric makes it dearer; narrow layers end at the host."
-    )
     return "\n".join([head, "", *lines])
 
 

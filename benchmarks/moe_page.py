@@ -241,7 +241,7 @@ def parts_of_everything(rows: list[Row], new: Later) -> list[str]:
         *(kernels(fabric, own) for fabric, own in by_fabric(rows)),
         "## Collectives",
         *(collectives(fabric, own) for fabric, own in by_fabric(rows)),
-        problems([*rows, *new.models, *new.serving, *new.captured, *new.training]),
+        problems([*rows, *new.models, *new.serving, *moe_captured.unmeasured(new.captured), *new.training]),
         "Not part of these runs: the fused activation ([measured before](decisions/activation-stays-apart.md)), other numbers of experts than 64, "
         "widths above 4,096, more than four ranks.",
     ]
