@@ -62,6 +62,16 @@ def target_lines(rows: list[Row], training: list[Row]) -> list[list[str]]:
     return lines
 
 
+def xl_ratios(rows: list[Row]) -> dict[str, float]:
+    """Of the layer of the targets, forward, between the fastest ways of both sides, by fabric: on two ranks, or one where nothing is sent."""
+    return {
+        shape.fabric: shape.best("forward")
+        for ranks in (1, 2)
+        for shape in layers(rows, ranks)
+        if (shape.routing, shape.key) == ("balanced", _XL)
+    }
+
+
 def verdict_words(rows: list[Row], training: list[Row]) -> str:
     """One line beside the verdict of layers that are launched piece by piece."""
     told = []

@@ -94,7 +94,7 @@ def main() -> None:
     rows, former = runs()
     (options.out / "results-moe.md").write_text(drawn(), encoding="utf-8")
     (options.out / "assets").mkdir(exist_ok=True)
-    draw_ratios(rows, former, options.out / "assets" / "moe-ratios.svg")
+    draw_ratios(rows, former, later().captured, options.out / "assets" / "moe-ratios.svg")
     draw_host(rows, options.out / "assets" / "moe-host.svg")
     moe_quality_page.draw_loss(quality(), options.out / "assets" / "moe-quality.svg")
 
@@ -277,33 +277,36 @@ def _found(line: list[str]) -> str:
     return " / ".join(cell for cell in line[2:4] if cell not in ("", "-"))
 
 
-def draw_ratios(rows: list[Row], former: list[Row], path: Path) -> None:
-    """BigMac over the baseline by fabric, with the targets and the former run."""
+def draw_ratios(rows: list[Row], former: list[Row], captured: list[Row], path: Path) -> None:
+    """BigMac over the baseline by fabric: by copies, between the best dispatchers, and replaying too, with the targets and the former run."""
     figure, axes = plt.subplots(figsize=(7, 3.6))
-    colors = "tab:blue", "tab:orange"
-    for place, (fabric, aims) in enumerate(AIMS.items()):
-        for side, aim in enumerate(aims):
-            if aim is None:
+    colors = "tab:blue", "tab:orange", "tab:green"
+    replaying = moe_captured.xl_ratios(captured)
+    for place, (fabric, (copies, best)) in enumerate(AIMS.items()):
+        found = (*ratios(rows, fabric), replaying.get(fabric))
+        before = (*ratios(former, fabric), None)
+        for side, (value, old, aim) in enumerate(zip(found, before, (copies, best, best), strict=True)):
+            if value is None:
                 continue
-            at = place + (side - 0.5) * 0.36
-            axes.bar(at, ratios(rows, fabric)[side], 0.34, color=colors[side])
-            axes.plot(
-                at, ratios(former, fabric)[side], "D", color="white", markeredgecolor="0.2", markersize=5
-            )
-            axes.hlines(aim, at - 0.17, at + 0.17, color="0.2", linestyle=":")
+            at = place + (side - 1) * 0.27
+            axes.bar(at, value, 0.25, color=colors[side])
+            axes.hlines(aim, at - 0.125, at + 0.125, color="0.2", linestyle=":")
+            if old is not None:
+                axes.plot(at, old, "D", color="white", markeredgecolor="0.2", markersize=5)
     axes.set_xticks(range(len(AIMS)), [WORDS[fabric] for fabric in AIMS])
     axes.axhline(1, color="0.6", linewidth=0.8)
     axes.set(ylabel="baseline ÷ BigMac, forward, XL top-8")
     handles = [plt.Rectangle((0, 0), 1, 1, color=color) for color in colors]
     handles.append(plt.Line2D([], [], color="0.2", linestyle=":"))
     handles.append(plt.Line2D([], [], color="white", marker="D", markeredgecolor="0.2", linestyle=""))
-    axes.legend(
-        handles,
-        ["copy per expert", "best dispatchers", "target", "before (two H100)"],
-        frameon=False,
-        fontsize=8,
-        loc="upper left",
-    )
+    names = [
+        "copy per expert",
+        "best dispatchers",
+        "fastest way, replaying too",
+        "target",
+        "before (two H100)",
+    ]
+    axes.legend(handles, names, frameon=False, fontsize=8, loc="upper left")
     save(figure, path)
 
 
