@@ -17,6 +17,7 @@ from .moe.cases import BASELINE, COPY_PER_EXPERT, FABRICS, PRESETS
 from .moe.summary import ok
 from .moe_foreseen import WITHIN, WORDS, machines_of
 from .moe_grid import PASSES, PAYS, Shape, extreme_words, fabric_table, share, where_words
+from .moe_steps import best, by_best
 
 Row = dict[str, Any]
 # Of the layer of the targets, between the best of both sides, on two ranks and on one.
@@ -45,18 +46,23 @@ def layers(rows: Iterable[Row], ranks: int | None = None) -> list[Shape]:
     return [s for s in whole if all(_times(s, side, "forward")[-1] is not None for side in PRESETS)]
 
 
+def _xl(rows: list[Row], ranks: int) -> list[Shape]:
+    """The layer of the targets, on each fabric where it was replayed."""
+    return [s for s in layers(rows, ranks) if (s.routing, s.key) == ("balanced", _XL)]
+
+
 def target_lines(rows: list[Row], training: list[Row]) -> list[list[str]]:
     """The targets between the best of both sides, by the runs in which replaying was one of the ways."""
     lines = []
+    found = {shape.fabric: shape for ranks in (1, 2) for shape in _xl(rows, ranks)}
     for fabric, aim in AIMS.items():
-        for shape in layers(rows, 1 if fabric == "none" else 2):
-            if (shape.fabric, shape.routing, shape.key) == (fabric, "balanced", _XL):
-                forward, both = (shape.best(name) for name in PASSES)
-                where = "one GPU" if fabric == "none" else fabric
-                verdict = "met" if forward >= aim else "missed"
-                lines.append([f"layer, XL top-8, best way, replaying too, {where}", f"≥ {aim:g} ×", f"{forward:.2f}", f"{both:.2f}", verdict])  # fmt: skip
+        if fabric in found:
+            forward, both = (found[fabric].best(name) for name in PASSES)
+            where = "one GPU" if fabric == "none" else fabric
+            verdict = "met" if forward >= aim else "missed"
+            lines.append([f"layer, XL top-8, best way, replaying too, {where}", f"≥ {aim:g} ×", f"{forward:.2f}", f"{both:.2f}", verdict])  # fmt: skip
     if steps := steps_of(training, "xl", "shm", 2):
-        ratio = _ratio(steps, replayed=None)
+        ratio = by_best(_ways(steps, None))
         verdict = "met" if ratio >= _TRAINING else "missed"
         lines.append(["training step, XL-shaped model, shm, best way, replaying too", f"≥ {_TRAINING:g} ×", f"{ratio:.2f}", "-", verdict])  # fmt: skip
     return lines
@@ -64,20 +70,14 @@ def target_lines(rows: list[Row], training: list[Row]) -> list[list[str]]:
 
 def xl_ratios(rows: list[Row]) -> dict[str, float]:
     """Of the layer of the targets, forward, between the fastest ways of both sides, by fabric: on two ranks, or one where nothing is sent."""
-    return {
-        shape.fabric: shape.best("forward")
-        for ranks in (1, 2)
-        for shape in layers(rows, ranks)
-        if (shape.routing, shape.key) == ("balanced", _XL)
-    }
+    return {shape.fabric: shape.best("forward") for ranks in (1, 2) for shape in _xl(rows, ranks)}
 
 
 def verdict_words(rows: list[Row], training: list[Row]) -> str:
     """One line beside the verdict of layers that are launched piece by piece."""
     told = []
     for ranks in (2, 4):
-        of = [s for s in layers(rows, ranks) if (s.routing, s.key) == ("balanced", _XL)]
-        if of:
+        if of := _xl(rows, ranks):
             told.append(f"On {'two' if ranks == 2 else 'four'} ranks: " + "; ".join(f"{WORDS[s.fabric]} {_pair(s)}" for s in of))  # fmt: skip
     return (
         f"**And if nobody waits for the host?** [Replayed from a CUDA graph](#replayed-from-a-cuda-graph), each side by its fastest way, of which replaying is one, forward / forward + backward. "
@@ -89,7 +89,7 @@ def _training_words(training: list[Row]) -> str:
     """Ratios and gains of training steps, in a sentence."""
     found = [(fabric, ranks) for fabric, ranks, model in _trainings(training) if model == "xl"]
     told = [
-        f"{WORDS[fabric]}{f', {ranks} ranks' if ranks > 1 else ''}, {_ratio(steps_of(training, 'xl', fabric, ranks), replayed=None):.2f}"
+        f"{WORDS[fabric]}{f', {ranks} ranks' if ranks > 1 else ''}, {by_best(_ways(steps_of(training, 'xl', fabric, ranks), None)):.2f}"
         for fabric, ranks in found
     ]
     rest = "" if ("nvlink", 4) in found else "; over NVLink on four ranks none was replayed"
@@ -173,9 +173,11 @@ def memory_words(rows: list[Row]) -> str:
     """What static shapes and recordings take, by the number of ranks."""
     told = []
     for ranks in (2, 4):
-        for xl in layers(rows, ranks):
-            if (xl.fabric, xl.routing, xl.key) == ("nvlink", "balanced", _XL):
-                told.append(f"on {'two' if ranks == 2 else 'four'} ranks {_memory(xl)}")
+        told += [
+            f"on {'two' if ranks == 2 else 'four'} ranks {_memory(shape)}"
+            for shape in _xl(rows, ranks)
+            if shape.fabric == "nvlink"
+        ]
     if not told:
         return ""
     return (
@@ -235,11 +237,11 @@ def training_table(rows: list[Row]) -> str:
     lines = []
     for fabric, ranks, model in _trainings(rows):
         steps = steps_of(rows, model, fabric, ranks)
-        plain, replayed = ([_best_step(steps, side, way) for side in PRESETS] for way in (False, True))
+        plain, replayed = ([best(_ways(steps, way), side) for side in PRESETS] for way in (False, True))
         gains = [a["p50_ms"] / b["p50_ms"] for a, b in zip(plain, replayed, strict=True)]
         cells = [f"{row['p50_ms']:,.0f} ({row['dispatcher']})" for row in plain]
         cells += [f"{row['p50_ms']:,.0f}" for row in replayed]
-        cells += [f"{_ratio(steps, replayed=way):.2f}" for way in (False, None)]
+        cells += [f"{by_best(_ways(steps, way)):.2f}" for way in (False, None)]
         cells += [" / ".join(f"{gain:.2f}" for gain in gains)]
         cells += [
             f"{max(row['peak_gib'] for row in plain):.1f}, {max(row['held_gib'] for row in replayed):.1f}"
@@ -252,19 +254,19 @@ def training_table(rows: list[Row]) -> str:
 def training_words(rows: list[Row]) -> str:
     """What replaying gains, and against the baseline of the paper."""
     gains = [
-        _best_step(steps, side, False)["p50_ms"] / _best_step(steps, side, True)["p50_ms"]
+        best(_ways(steps, False), side)["p50_ms"] / best(_ways(steps, True), side)["p50_ms"]
         for fabric, ranks, model in _trainings(rows)
         for steps in [steps_of(rows, model, fabric, ranks)]
         for side in PRESETS
     ]
     xl = steps_of(rows, "xl", "shm", 2)
     copied = next(row["p50_ms"] for row in xl if row["arm"] == f"{BASELINE}/{COPY_PER_EXPERT}")
-    own = _best_step(xl, PRESETS[1], None)["p50_ms"]
+    own = best(_ways(xl, None), PRESETS[1])["p50_ms"]
     few = sorted({row["n"] for row in ok(rows, "moe_model")})
     return (
         f"Replayed steps are {min(gains):.2f} to {max(gains):.2f} times as fast as the best plain ones (median {median(gains):.2f}), of either side: most where layers are narrow, and on "
         f"one GPU too, where nothing is read but hundreds of small pieces are launched. Through shared memory BigMac's best step of XL takes {own:,.0f} ms and the baseline's, a copy per expert launched piece by piece, "
-        f"{copied:,.0f}: {copied / own:.2f} times, of which {copied / own / _ratio(xl, replayed=None):.2f} are the baseline's way and not BigMac's shape. {few[0]} to {few[-1]} steps of each."
+        f"{copied:,.0f}: {copied / own:.2f} times, of which {copied / own / by_best(_ways(xl, None)):.2f} are the baseline's way and not BigMac's shape. {few[0]} to {few[-1]} steps of each."
     )
 
 
@@ -280,16 +282,9 @@ def _trainings(rows: list[Row]) -> list[tuple[str, int, str]]:
     return [(fabric, ranks, model) for fabric, ranks, model in found if steps_of(rows, model, fabric, ranks)]
 
 
-def _best_step(steps: list[Row], side: str, replayed: bool | None) -> Row:
-    """The fastest of a side: plain, replayed, or of either kind."""
-    own = [r for r in steps if r["preset"] == side and replayed in (None, r.get(_REPLAYED, False))]
-    return min(own, key=lambda row: row["p50_ms"])
-
-
-def _ratio(steps: list[Row], *, replayed: bool | None) -> float:
-    """Baseline over BigMac, best against best."""
-    wide, narrow = (_best_step(steps, side, replayed)["p50_ms"] for side in PRESETS)
-    return wide / narrow
+def _ways(steps: list[Row], replayed: bool | None) -> dict[str, Row]:
+    """Steps by arm: plain, replayed, or of either kind."""
+    return {row["arm"]: row for row in steps if replayed in (None, row.get(_REPLAYED, False))}
 
 
 def foreseen_words(rows: list[Row], fitted: list[Row]) -> str:

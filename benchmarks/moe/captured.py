@@ -6,11 +6,12 @@ piece by piece and replayed. What a replay is given and gives lies in fixed memo
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from adamac.ops.replay import Replayed
 
 from . import layer
 from .arms import Arm, arm_of, dispatchers, make_layer, name_of
@@ -18,9 +19,6 @@ from .cases import PRESETS, CapturedCase
 from .crew import Crew
 from .inputs import Inputs
 from .rivals import AbsentError
-
-# Plain passes before recording, in which kernels are compiled and the ranks agree.
-_WARMUP = 3
 
 
 def run(case: CapturedCase, crew: Crew) -> None:
@@ -71,30 +69,39 @@ class Recorded:
     """The passes of an arm, each recorded when it is first asked for; reads the inputs where they lie."""
 
     def __init__(self, arm: Arm, inputs: Inputs) -> None:
-        self._arm, self._inputs, self.pool_bytes = arm, inputs, 0
-        self._graphs: dict[str, tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]] = {}
+        self._arm, self._inputs = arm, inputs
+        # What a replay is given is copied first: a number, in place of inputs that it reads where they lie.
+        self._token = torch.zeros(1, device=inputs.x.device)
+        self._forward, self._both = (
+            Replayed(lambda _, step=step: step()) for step in (self._plain, self._plain_both)
+        )
+
+    @property
+    def pool_bytes(self) -> int:
+        """Memory that the recordings keep."""
+        return self._forward.held_bytes + self._both.held_bytes
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's answer, without gradients."""
-        return self._replayed(x, self._forward)[0]
+        return self._replayed(self._forward, x)[0]
 
     def both(self, x: Tensor, gradient: Tensor) -> Tensor:
         """The layer's answer; leaves the gradient of ``x`` in it."""
         assert gradient is self._inputs.gradient, "what is recorded reads one gradient"
-        output, x.grad = self._replayed(x, self._both)
+        output, x.grad = self._replayed(self._both, x)
         return output
 
-    def _forward(self) -> tuple[Tensor, ...]:
+    def _plain(self) -> tuple[Tensor, ...]:
         with torch.no_grad():
             return (self._arm.forward(self._inputs.x),)
 
-    def _both(self) -> tuple[Tensor, ...]:
+    def _plain_both(self) -> tuple[Tensor, ...]:
         x = self._inputs.x
         output = self._arm.both(x, self._inputs.gradient)
         assert x.grad is not None
         return output.detach(), x.grad
 
-    def _replayed(self, x: Tensor, step: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    def _replayed(self, replay: Replayed, x: Tensor) -> tuple[Tensor, ...]:
         own = self._inputs.x
         if not own.is_cuda:
             raise AbsentError("CUDA graphs are for GPUs")
@@ -103,25 +110,7 @@ class Recorded:
         if x is not own:
             with torch.no_grad():
                 own.copy_(x)
-        if step.__name__ not in self._graphs:
-            self._graphs[step.__name__] = self._record(step)
-        graph, outputs = self._graphs[step.__name__]
-        graph.replay()
+        outputs = replay(self._token)
+        if replay.problem:  # it was called plainly then, and a plain time is none of a replay
+            raise RuntimeError(replay.problem)
         return outputs
-
-    def _record(
-        self, step: Callable[[], tuple[Tensor, ...]]
-    ) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            for _ in range(_WARMUP):
-                step()
-        torch.cuda.current_stream().wait_stream(aside)
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()  # as recording does, so that what is reserved after it is the recording's
-        before, graph = torch.cuda.memory_reserved(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
-            outputs = step()
-        self.pool_bytes += torch.cuda.memory_reserved() - before
-        return graph, outputs

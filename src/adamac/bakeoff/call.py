@@ -1,4 +1,4 @@
-"""Further arguments of the pipeline call, for what only some pipelines have: ``true_cfg_scale``, ``guidance_scale_2``, ``strength``."""
+"""Arguments of the pipeline call: settings of a run, and further ones for what only some pipelines have: ``true_cfg_scale``, ``guidance_scale_2``, ``strength``."""
 
 from __future__ import annotations
 
@@ -9,21 +9,27 @@ from typing import Any
 
 from adamac.bakeoff.errors import BadInput
 
+SETTINGS = {
+    "steps": "num_inference_steps",
+    "height": "height",
+    "width": "width",
+    "frames": "num_frames",
+    "guidance": "guidance_scale",
+}
+"""Settings of a run that are arguments of the call, and how pipelines name them."""
+
 # Arguments that a bake-off sets itself, and what sets them.
 _TAKEN = {
-    "num_inference_steps": "--steps",
-    "height": "--height",
-    "width": "--width",
-    "num_frames": "--frames",
-    "guidance_scale": "--guidance",
+    **{argument: f"--{name}" for name, argument in SETTINGS.items()},
     "prompt": "--prompts",
     "negative_prompt": "--negative-prompt or the prompts' own",
     "image": "the prompts",
     "generator": "--seeds",
-} | dict.fromkeys(
-    ("latents", "output_type", "return_dict", "callback_on_step_end", "num_videos_per_prompt"),
-    "the bake-off itself, alike for all arms",
-)
+    **dict.fromkeys(
+        ("latents", "output_type", "return_dict", "callback_on_step_end", "num_videos_per_prompt"),
+        "the bake-off itself, alike for all arms",
+    ),
+}
 
 
 def parse(words: Iterable[str]) -> dict[str, Any]:

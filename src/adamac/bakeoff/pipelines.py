@@ -20,13 +20,6 @@ Pipeline = Any
 """A diffusers pipeline; what is asked of it here is what all of them have, not what their base class declares."""
 
 _DEFAULT_FPS = 16
-_SETTINGS = {
-    "steps": "num_inference_steps",
-    "height": "height",
-    "width": "width",
-    "frames": "num_frames",
-    "guidance": "guidance_scale",
-}
 
 
 def load_pipeline(model: str | None, device: str, dtype: str = "auto", *, place: bool = True) -> Pipeline:
@@ -70,7 +63,7 @@ def call_arguments(pipe: Pipeline, config: Config) -> dict[str, Any]:
 
         arguments |= embedded.GENERATION
     accepted = inspect.signature(pipe.__call__).parameters
-    for name, argument in _SETTINGS.items():
+    for name, argument in call.SETTINGS.items():
         value = getattr(config, name)
         if value is None:
             continue

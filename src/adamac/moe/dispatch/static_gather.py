@@ -8,8 +8,10 @@ from torch import Tensor
 
 from adamac.moe.dispatch.all_gather import AllGather
 from adamac.moe.dispatch.common import Meter, Sent, divided
+from adamac.moe.dispatch.exchange import Gather, exchanged
 from adamac.moe.presets import local_experts
 from adamac.moe.routing import Routing
+from adamac.moe.traffic import Traffic
 
 
 class StaticGather(AllGather):
@@ -59,9 +61,8 @@ class StaticGather(AllGather):
         experts = routing.experts
         if self._agreed or (experts.is_cuda and torch.cuda.is_current_stream_capturing()):
             return
-        told = [torch.empty(1, dtype=torch.int64, device=experts.device) for _ in range(self.ranks)]
-        dist.all_gather(told, experts.new_full((1,), routing.tokens), group=self.group)
-        tokens = [int(number) for number in told]
+        own = experts.new_full((1,), routing.tokens)
+        tokens = exchanged(own, Gather(self.group, "metadata", Traffic())).tolist()  # once: not counted
         if len(set(tokens)) > 1:
             raise ValueError(
                 f'dispatcher "static_gather" needs equally many tokens on every rank; got {", ".join(map(str, tokens))}: '

@@ -69,7 +69,7 @@ class Watcher(Protocol):
         """Training begins; some steps may be done already. ``sending`` is how rows get to experts, ``None`` if all are here."""
 
     def uncaptured(self, reason: str) -> None:
-        """Steps are not captured in a CUDA graph although that was asked for; known when training begins or after its first step."""
+        """Steps are not captured in a CUDA graph although that was asked for; known, on all ranks alike, after the first."""
 
     def stepped(self, row: Row) -> None:
         """A step is done."""
@@ -218,11 +218,12 @@ class _Run:
         recipe = self.recipe
         watcher.begins(recipe, self.corpus, self.learner.parameters, self.step, self.learner.sending)
         began = time.monotonic() - self.time_s
-        reached, uncaptured = None, ""
+        reached, told = None, False
         while self.step < recipe.steps:
-            uncaptured = self._told(watcher, uncaptured)
             update, seconds = self._update()
-            uncaptured = self._told(watcher, uncaptured)
+            if not told and self.learner.uncaptured:
+                watcher.uncaptured(self.learner.uncaptured)
+                told = True
             last = self.step == recipe.steps
             reached = self._evaluate() if last or self.step % recipe.eval_every == 0 else None
             self.time_s = time.monotonic() - began
@@ -236,13 +237,6 @@ class _Run:
         read = predicted(self.corpus, recipe.context, recipe.eval_tokens)
         unigram = unigram_bits_per_byte(self.corpus, read)
         return Result(self.step, reached, unigram, self.time_s, self.learner.parameters)
-
-    def _told(self, watcher: Watcher, before: str) -> str:
-        """Tell why steps are not captured, unless that was told before; and give it."""
-        reason = self.learner.uncaptured
-        if reason != before:
-            watcher.uncaptured(reason)
-        return reason
 
     def _update(self) -> tuple[Update, float]:
         began = time.monotonic()
